@@ -1,0 +1,565 @@
+"""Trains a GPT with a memory of value embeddings (MoVE) on text, and samples from it.
+
+    python train_gpt.py --move_scale 2                    train; on a GPU and on a CPU
+    python train_gpt.py --move_scale 2 --resume           go on after Ctrl-C, a crash or a kill
+    python train_gpt.py --move_scale 2 --prompt "def "    what the trained model writes
+    torchrun --nproc_per_node=8 train_gpt.py ...          the same run on several GPUs
+
+The script reads from the bottom: `main` prepares data and model, `train` is the one training loop.
+A run lives in out/<run>/: checkpoint.pt, and log.jsonl with one JSON object a line.
+"""
+import argparse
+import codecs
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from move import GPT, GPTConfig, ValueMixer
+from prepare_data import (DEFAULT_VOCAB_SIZE, ArgumentParser, UserError, load_dataset, prepare_python, run,
+                          token_bytes)
+
+# ------------------------------------------------------------------------------------------ flags
+
+# What a flag is by default depends on the device: a D12-class run on a GPU, three minutes on two cores.
+DEFAULTS = {
+    "cuda": dict(depth=12, seq_len=2048, micro_batch=16, batch_tokens=131072, max_steps=1000, eval_every=100,
+                 eval_tokens=1 << 20, save_every=250, dtype="bfloat16", compile=True),
+    "cpu": dict(depth=4, seq_len=256, micro_batch=4, batch_tokens=4096, max_steps=150, eval_every=30,
+                eval_tokens=1 << 14, save_every=75, dtype="float32", compile=False),
+}
+
+
+def add_training_flags(parser, defaults):
+    """The flags of every training script. defaults: {'cuda': {flag: value}, 'cpu': ...}."""
+    both = argparse.BooleanOptionalAction
+
+    def add(group, flag, help, **options):
+        if flag in defaults["cuda"]:
+            help += f" (default: {defaults['cuda'][flag]} on CUDA, {defaults['cpu'][flag]} elsewhere)"
+        elif "default" in options:
+            help += " (default: %(default)s)"
+        group.add_argument(f"--{flag}", help=help, **options)
+
+    model = parser.add_argument_group("memory and model")
+    add(model, "move_scale", "size of the memory, M = scale·depth/2 slots a token; 0: none", type=float, default=1.0)
+    add(model, "memory", "one bank for all layers, a table a layer, or none", choices=["move", "lave", "none"], default="move")
+    add(model, "gate_value", "gate g_0 on the ordinary value (default: with move, not with lave)", action=both)
+    add(model, "attention", "multi-head or latent attention", choices=["mha", "mla"], default="mha")
+    add(model, "kv_rank", "mla: width of the latent (default: half the model's)", type=int)
+    add(model, "depth", "layers; the width is 64·depth", type=int)
+    add(model, "seq_len", "tokens of a sequence", type=int)
+    training = parser.add_argument_group("training")
+    add(training, "batch_tokens", "tokens of an optimizer step, over all micro-batches and GPUs", type=int)
+    add(training, "micro_batch", "sequences in memory at once; less needs less memory and changes nothing else", type=int)
+    add(training, "max_steps", "optimizer steps; the learning rate falls over their second half", type=int)
+    add(training, "lr_scale", "factor on all learning rates", type=float, default=1.0)
+    add(training, "seed", "of the weights, the order of the data and the samples", type=int, default=0)
+    machine = parser.add_argument_group("machine")
+    add(machine, "device", "(default: the best there is)", choices=["cuda", "mps", "cpu"])
+    add(machine, "dtype", "of the activations; parameters are float32", choices=["bfloat16", "float32"])
+    add(machine, "compile", "torch.compile the model", action=both)
+    output = parser.add_argument_group("output")
+    add(output, "out_dir", "folder of the run (default: out/ and a name from the flags)", type=Path)
+    add(output, "resume", "go on from the checkpoint in --out_dir", action="store_true")
+    add(output, "eval_every", "steps between evaluations", type=int)
+    add(output, "eval_tokens", "validation tokens of an evaluation, at most", type=int)
+    add(output, "save_every", "steps between checkpoints", type=int)
+    add(output, "log_every", "steps between lines of the log", type=int, default=10)
+
+
+def resolve_flags(args, defaults):
+    """Fills in what depends on the device, and checks the numbers. UserError names the flag."""
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    args.device = args.device or next(name for name in available if available[name])
+    if not available[args.device]:
+        raise UserError(f"--device {args.device}: there is none that PyTorch {torch.__version__} can use; try --device cpu")
+    for flag, value in defaults["cuda" if args.device == "cuda" else "cpu"].items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    for flag in ("depth", "seq_len", "batch_tokens", "micro_batch", "max_steps", "eval_every", "eval_tokens",
+                 "save_every", "log_every"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    if args.move_scale < 0 or not math.isfinite(args.move_scale):
+        raise UserError(f"--move_scale must be 0 (no memory) or more, not {args.move_scale:g}")
+    if args.move_scale == 0:
+        args.memory = "none"
+    if args.lr_scale <= 0 or not math.isfinite(args.lr_scale):
+        raise UserError(f"--lr_scale must be more than 0, not {args.lr_scale:g}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    micro_tokens = args.micro_batch * args.seq_len * world
+    if args.batch_tokens % micro_tokens:
+        raise UserError(f"--batch_tokens {args.batch_tokens} is not a multiple of micro_batch · seq_len · processes "
+                        f"= {args.micro_batch} · {args.seq_len} · {world} = {micro_tokens}")
+    if args.out_dir is None:
+        memory = "none" if args.memory == "none" else f"{args.memory}-x{args.move_scale:g}"
+        args.out_dir = Path("out") / f"{args.dataset}-{args.attention}-{memory}-d{args.depth}"
+
+
+# ------------------------------------------------------------------------------ machine and processes
+
+# Dense bf16 products with float32 sums, operations a second, from the makers' data sheets; for MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12,
+              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where this process computes, and which of how many it is."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self):
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+    def peak_flops(self):
+        """Of all GPUs together, or None where it is not known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        return next((peak * self.world for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def sum(self, values):
+        """Adds up a list of numbers over all processes."""
+        values = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(values)  # on the CPU
+        return values.tolist()
+
+
+def set_up_machine(args):
+    """Device, processes (torchrun's, if it started us) and seed."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    machine = Machine(torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device))
+    if "RANK" in os.environ:
+        if args.device == "cuda":
+            torch.cuda.set_device(machine.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
+    elif args.device == "cpu" and sys.platform == "linux":
+        # glibc gives large tensors back to the system after each use and has every page cleared at the
+        # next: keeping them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = ∞) made the default run 1.5 times faster.
+        with contextlib.suppress(OSError, AttributeError):  # not every Linux has glibc
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0), mallopt(-1, -1)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    return machine
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+class TextWindows:
+    """A long sequence of tokens as windows of seq_len: windows[(n,) indices] → the ids (n, seq_len) and
+    the ids that follow them, int64. A token is the target in one window only."""
+
+    def __init__(self, tokens, seq_len, where):
+        self.tokens, self.seq_len = tokens, seq_len
+        if not len(self):
+            raise UserError(f"{where} has {len(tokens)} tokens, fewer than seq_len + 1 = {seq_len + 1}; lower --seq_len")
+
+    def __len__(self):
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, indices):
+        rows = np.stack([self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1] for i in indices])
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+
+class DataOrder:
+    """Which windows batch `step` holds, a function of (seed, step) alone: epoch e visits all n windows in
+    an order drawn from (seed, e). Nothing needs to be remembered to resume."""
+
+    def __init__(self, n, batch, seed):
+        self.n, self.batch, self.seed, self.epochs = n, batch, seed, {}
+
+    def __call__(self, step):
+        return np.array([self.window(i) for i in range(step * self.batch, (step + 1) * self.batch)])
+
+    def window(self, i):
+        epoch, position = divmod(i, self.n)
+        if epoch not in self.epochs:
+            self.epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n)}
+        return self.epochs[epoch][position]
+
+
+# -------------------------------------------------------------------------------------- optimizers
+
+
+def make_optimizers(model, lr_scale):
+    """Muon for the matrices, AdamW for the rest. nanochat's learning rates, k = (d / 768)^-½ of them."""
+    k = lr_scale * (model.config.dim / 768) ** -0.5
+    blocks = list(model.blocks.named_parameters())
+    matrices = [p for name, p in blocks if "router" not in name]
+    adamw = [dict(params=[model.embedding.weight], lr=0.2 * k),
+             dict(params=[model.head.weight], lr=0.004 * k),
+             dict(params=list(model.banks.parameters()), lr=0.1 * k),
+             dict(params=[p for name, p in blocks if "router" in name], lr=0.004 * k)]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02 * lr_scale, momentum=0.95, weight_decay=0),
+                  torch.optim.AdamW([g for g in adamw if g["params"]], betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule(step, max_steps, warm_up=10):
+    """Factor on the learning rate of step 0, 1, …: up over the first 10 steps, down over the second half."""
+    return min((step + 1) / warm_up, 1, 2 * (max_steps - step) / max_steps)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def save_checkpoint(path, **state):
+    """Writes to a temporary name, then renames: the file is always whole, the old one or the new."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the one before is kept" if path.exists() else "there is none yet"
+        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; make room and --resume") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """Everything save_checkpoint was given. UserError if it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}; train without --resume and --prompt first, or give its --out_dir")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); remove it and start again") from None
+
+
+def check_same_run(saved, asked, path):
+    """UserError naming the first difference between two dicts of what makes a run what it is."""
+    for key in asked:
+        if saved.get(key) != asked[key]:
+            raise UserError(f"{path} was made with {key} = {saved.get(key)}, now it is {asked[key]}; "
+                            "give the same flags and data, or another --out_dir")
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+@contextlib.contextmanager
+def watch_gates(model):
+    """Collects the gates that the block computes: yields a list with [Σ mean g_0, Σ mean g_i, calls] for
+    each layer that has a router. Gates that collapse (g_0 → 2 and g_i → 0, or g_0 → 0) show here."""
+    mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
+    sums = [[0.0, 0.0, 0] for _ in mixers]
+
+    def watch(total):
+        def hook(mixer, inputs):
+            gates = mixer.gates(inputs[0]).float()
+            total[:] = total[0] + gates[..., 0].mean(), total[1] + gates[..., 1:].mean(), total[2] + 1
+        return hook
+
+    hooks = [m.register_forward_pre_hook(watch(total)) for m, total in zip(mixers, sums)]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def evaluate(model, windows, count, count_units, args, machine):
+    """Cross-entropy over the first `count` windows, always the same, shared out among the processes.
+
+    count_units: what the bits are counted per, of a tensor of targets: its bytes of text, or its tokens.
+    Returns dict(bits=bits per unit, g_0=[mean of each layer], g_i=[...]).
+    """
+    nats = units = 0
+    mine = range(machine.rank, count, machine.world)
+    with watch_gates(model) as gates:
+        for start in range(0, len(mine), args.micro_batch):
+            idx, targets = windows[mine[start:start + args.micro_batch]]
+            loss = model(idx.to(machine.device), targets.to(machine.device))
+            nats += loss.item() * (targets != -100).sum().item()
+            units += count_units(targets)
+    nats, units = machine.sum([nats, units])
+    means = [(float(a) / max(calls, 1), float(b) / max(calls, 1)) for a, b, calls in gates]
+    return dict(bits=nats / math.log(2) / units, g_0=[a for a, _ in means], g_i=[b for _, b in means])
+
+
+def bank_use(model, adamw):
+    """How much of the memory is in use: the share of its rows with a gradient in about the last 1,500 steps
+    (after that their second moment has faded to 0), and the mean norm of a row."""
+    rows = touched = norms = 0
+    for bank in model.banks.parameters():
+        moment = adamw.state.get(bank, {}).get("exp_avg_sq")
+        rows += bank[..., 0].numel()
+        touched += 0 if moment is None else moment.any(dim=-1).sum().item()
+        norms += bank.detach().norm(dim=-1).sum().item()
+    return dict(rows_used=touched / rows, row_norm=norms / rows) if rows else {}
+
+
+# ---------------------------------------------------------------------------------- the training loop
+
+
+class Log:
+    """Lines for people on the screen, and the same as JSON objects in log.jsonl."""
+
+    def __init__(self, path, keep_to_step=None):
+        """keep_to_step: when a run resumes, what a killed run wrote behind its checkpoint is dropped."""
+        lines = []
+        if keep_to_step is not None and path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    if json.loads(line)["step"] <= keep_to_step:
+                        lines.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(path)
+        self.file = open(path, "a")
+
+    def __call__(self, text, **record):
+        print(text, flush=True)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def train(args, machine, model, train_set, val_set, count_units, unit, data_identity):
+    """Trains `model` (a GPT on machine.device) to args.max_steps. The one loop, for text and images.
+
+    train_set, val_set: sized, and indexed by (n,) indices → (ids, targets), as TextWindows.
+    count_units, unit: what `evaluate` counts the bits per, and its name.
+    data_identity: dict of hashes and the like; a checkpoint of other data is refused.
+    Returns True if it came to the end, False if Ctrl-C or SIGTERM stopped it (the state is saved).
+    """
+    path = args.out_dir / "checkpoint.pt"
+    optimizers = make_optimizers(model, args.lr_scale)
+    identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed,
+                "batch_tokens": args.batch_tokens, "lr_scale": args.lr_scale}
+    first = 0
+    if args.resume:
+        saved = load_checkpoint(path, machine.device)
+        check_same_run(saved["identity"], identity, path)
+        first = saved["step"]
+        if first >= args.max_steps:
+            raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample with --prompt")
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        del saved
+    elif path.exists():
+        raise UserError(f"{args.out_dir} holds a run already; go on with --resume, or give another --out_dir")
+    log = None
+    if machine.main:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        log = Log(args.out_dir / "log.jsonl", first if args.resume else None)
+
+    fast_model = torch.compile(model, fullgraph=True) if args.compile else model
+    if machine.world > 1:
+        fast_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
+    batch = args.batch_tokens // args.seq_len  # sequences of a step, of which this process takes its share
+    order = DataOrder(len(train_set), batch, args.seed)
+    n_micro = batch // (args.micro_batch * machine.world)
+    n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
+    train_flops = 3 * sum(model.flops_per_token().values())
+
+    stop = []  # signals that came; a second Ctrl-C ends the program at once
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    step, losses, clock_step, clock, seconds_a_step = first, [], first, time.time(), None
+    while True:
+        stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
+        done = step == args.max_steps
+        save = done or stopping or (step % args.save_every == 0 and step > first)
+        if losses and (save or step % args.log_every == 0 or step == first + 1):
+            mean_losses = machine.sum([x / machine.world for x in torch.stack(losses).tolist()])
+            if not all(map(math.isfinite, mean_losses)):
+                kept = f"the checkpoint in {args.out_dir} is good" if path.exists() else "there is no checkpoint yet"
+                raise UserError(f"the loss is not finite at step {step}; {kept}; try a lower --lr_scale or --dtype float32")
+            seconds_a_step = (time.time() - clock) / (step - clock_step)
+            speed = args.batch_tokens / seconds_a_step
+            mfu = speed * train_flops / machine.peak_flops() if machine.peak_flops() else None
+            left = seconds_a_step * (args.max_steps - step)
+            loss = sum(mean_losses) / len(mean_losses)
+            if machine.main:
+                log(f"step {step}/{args.max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+                    + (f"  MFU {mfu:.1%}" if mfu else "") + f"  {int(left // 60)}:{int(left % 60):02d} left",
+                    step=step, loss=loss, tokens_per_s=speed, mfu=mfu, seconds_left=left)
+            losses, clock_step, clock = [], step, time.time()
+        if (step % args.eval_every == 0 or done) and (step > first or first == 0):
+            result = evaluate(model, val_set, n_eval, count_units, args, machine)
+            if not math.isfinite(result["bits"]):
+                raise UserError(f"the validation loss is not finite at step {step}; try a lower --lr_scale or --dtype float32")
+            if machine.main:
+                result |= bank_use(model, optimizers[1])
+                text = f"step {step}/{args.max_steps}  validation {result['bits']:.4f} {unit}"
+                for name in ("g_0", "g_i"):
+                    if result[name]:
+                        text += f"  {name} " + " ".join(f"{g:.2f}" for g in result[name])
+                if "rows_used" in result:
+                    text += f"  rows used {result['rows_used']:.0%}, norm {result['row_norm']:.2f}"
+                log(text, step=step, **{"val_" + unit.replace(" ", "_"): result.pop("bits")}, **result)
+            clock_step, clock = step, time.time()
+        if save and machine.main:
+            save_checkpoint(path, step=step, identity=identity, model=model.state_dict(),
+                            optimizers=[o.state_dict() for o in optimizers])
+            clock = time.time()
+        if done or stopping:
+            break
+
+        rows = order(step).reshape(n_micro, machine.world, args.micro_batch)[:, machine.rank]
+        factor = schedule(step, args.max_steps)
+        loss = 0
+        for i, indices in enumerate(rows):
+            idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[indices])
+            idx, targets = (t.to(machine.device, non_blocking=True) for t in (idx, targets))
+            last = i == n_micro - 1  # gradients are exchanged once, after the last micro-batch
+            with contextlib.nullcontext() if last or machine.world == 1 else fast_model.no_sync():
+                micro_loss = fast_model(idx, targets) / n_micro
+                micro_loss.backward()
+            loss += micro_loss.detach()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        step += 1
+    for number, handler in old_handlers.items():
+        signal.signal(number, handler)
+    if machine.main and machine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(machine.device)
+        log(f"peak memory {peak / 2**30:.1f} GiB", step=step, peak_memory_bytes=peak)
+    return done
+
+
+@contextlib.contextmanager
+def memory_advice(args):
+    """Turns running out of memory into one line of advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory with --micro_batch {args.micro_batch} of {args.seq_len} tokens; lower --micro_batch "
+                        "(which changes nothing else), then --move_scale, --depth or --seq_len") from None
+
+
+# ------------------------------------------------------------------------------------------- text
+
+
+def load_text(args, machine):
+    """The data set of --dataset; the default one is made if it is not there."""
+    folder = args.data_dir / args.dataset
+    if args.dataset == "python" and not folder.exists() and machine.main:
+        print(f"making the data set {folder} of Python's own source, once", flush=True)
+        prepare_python(folder, DEFAULT_VOCAB_SIZE)
+    machine.sum([0])  # the other processes wait here
+    data = load_dataset(folder)
+    if data.meta["kind"] != "text":
+        raise UserError(f"{folder} holds {data.meta['kind']} data, this script needs text")
+    return data
+
+
+def sample(model, encoding, prompt, args, machine):
+    """Prints `prompt` and what the model writes behind it, token by token, to the end of the document."""
+    idx = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    count = min(args.max_new_tokens, model.config.seq_len - len(idx))
+    if count < 1:
+        raise UserError(f"--prompt has {len(idx) - 1} tokens; this model takes at most {model.config.seq_len - 2}")
+    generator = torch.Generator(machine.device).manual_seed(args.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
+    print(prompt, end="", flush=True)
+    for token in model.generate(torch.tensor([idx], device=machine.device), count, args.temperature, args.top_k, generator):
+        if token.item() == encoding.eot_token:
+            break
+        if token.item() < encoding.n_vocab:  # the model's vocabulary is padded
+            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data_flags = parser.add_argument_group("data")
+    data_flags.add_argument("--dataset", default="python", help="a folder of --data_dir, made by prepare_data.py (default: %(default)s)")
+    data_flags.add_argument("--data_dir", type=Path, default=Path("data"), help="(default: %(default)s)")
+    add_training_flags(parser, DEFAULTS)
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--prompt", help="do not train: print how the run in --out_dir continues this text")
+    sampling.add_argument("--max_new_tokens", type=int, default=200, help="(default: %(default)s)")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    sampling.add_argument("--top_k", type=int, default=50, help="draw among the likeliest only (default: %(default)s)")
+    args = parser.parse_args(argv)
+    resolve_flags(args, DEFAULTS)
+    if args.temperature < 0 or args.top_k < 1 or args.max_new_tokens < 1:
+        raise UserError("--temperature must be 0 or more, --top_k and --max_new_tokens at least 1")
+    path = args.out_dir / "checkpoint.pt"
+    if (args.resume or args.prompt is not None) and not path.exists():
+        load_checkpoint(path)  # says so before any data set is made
+    machine = set_up_machine(args)
+    dtype = getattr(torch, args.dtype)
+    data = load_text(args, machine)
+    encoding = data.tokenizer()
+    data_identity = {f"sha256 of {name}": published["sha256"] for name, published in data.meta["files"].items()}
+
+    if args.prompt is not None:
+        saved = load_checkpoint(path, machine.device)
+        name = "sha256 of tokenizer.tiktoken"
+        check_same_run(saved["identity"], {name: data_identity[name]}, path)
+        config = GPTConfig(**{field.name: saved["identity"][field.name] for field in dataclasses.fields(GPTConfig)})
+        model = GPT(config, dtype).to(machine.device)
+        model.load_state_dict(saved["model"])
+        return sample(model, encoding, args.prompt, args, machine)
+
+    vocab_size = -64 * (-data.meta["vocab_size"] // 64)  # padded, for fast matrix products
+    overrides = dict(memory=args.memory, gate_value=args.gate_value, attention=args.attention, kv_rank=args.kv_rank)
+    try:
+        config = GPTConfig.from_depth(args.depth, args.move_scale, vocab_size=vocab_size, seq_len=args.seq_len, **overrides)
+    except ValueError as error:
+        raise UserError(error) from None
+    lengths = torch.from_numpy(token_bytes(encoding))
+    with memory_advice(args):
+        model = GPT(config, dtype).to(machine.device)
+        if machine.main:
+            sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
+            print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
+        finished = train(args, machine, model,
+                         TextWindows(data.train, args.seq_len, data.folder / "train.bin"),
+                         TextWindows(data.val, args.seq_len, data.folder / "val.bin"),
+                         lambda targets: lengths[targets].sum().item(), "bits per byte", data_identity)
+        if not finished:
+            raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
+        if machine.main:
+            print("\na sample:\n")
+            sample(model, encoding, "", args, machine)
+    if machine.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
