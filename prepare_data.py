@@ -368,7 +368,7 @@ def prepare_text(folder, files, vocab_size):
     write_texts(folder, documents, vocab_size, f"{len(files)} file(s): {', '.join(Path(f).name for f in files[:5])}")
 
 
-DEFAULT_VOCAB_SIZE = 8192
+DEFAULT_VOCAB_SIZE = 16384
 
 
 def main(argv=None):

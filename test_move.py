@@ -92,9 +92,10 @@ def test_gates_start_at_one_and_stay_between_zero_and_two(gate_value):
     assert gates.min() > 0 and gates.max() < 2 and gates[..., 1:].std() > 0.1
     assert torch.equal(gates[..., 0], torch.ones(4, 5, 2)) != gate_value
     assert mixer.router.weight.shape == (2 * (3 + gate_value), 16) and mixer.router.bias is None
-    # Equation 2 by itself: head h owns the outputs h·(M+1) … h·(M+1)+M of the router.
-    z = (x.double() @ mixer.router.weight.double().T).reshape(4, 5, 2, 3 + gate_value)
-    assert torch.allclose(gates[..., 1 - gate_value:].double(), 2 / (1 + torch.exp(-z)), atol=1e-6)
+    # Equation 2 by itself: gate i of head h is output i·H + h of the router.
+    for i, h in itertools.product(range(3 + gate_value), range(2)):
+        z = x.double() @ mixer.router.weight[i * 2 + h].double()
+        assert torch.allclose(gates[..., h, i + 1 - gate_value].double(), 2 / (1 + torch.exp(-z)), atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["mha", "mla"])

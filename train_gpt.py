@@ -35,10 +35,10 @@ from prepare_data import (DEFAULT_VOCAB_SIZE, ArgumentParser, UserError, load_da
 
 # What a flag is by default depends on the device: a D12-class run on a GPU, three minutes on two cores.
 DEFAULTS = {
-    "cuda": dict(depth=12, seq_len=2048, micro_batch=16, batch_tokens=131072, max_steps=1000, eval_every=100,
+    "cuda": dict(depth=12, seq_len=2048, micro_batch=16, batch_tokens=131072, max_steps=500, eval_every=100,
                  eval_tokens=1 << 20, save_every=250, dtype="bfloat16", compile=True),
-    "cpu": dict(depth=4, seq_len=256, micro_batch=4, batch_tokens=4096, max_steps=150, eval_every=30,
-                eval_tokens=1 << 14, save_every=75, dtype="float32", compile=False),
+    "cpu": dict(depth=2, seq_len=256, micro_batch=4, batch_tokens=4096, max_steps=200, eval_every=40,
+                eval_tokens=1 << 15, save_every=100, dtype="float32", compile=False),
 }
 
 
@@ -388,7 +388,8 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
 
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if machine.world == 1:  # torchrun passes a Ctrl-C on, so that its processes see it twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     step, losses, clock_step, clock, seconds_a_step = first, [], first, time.time(), None
