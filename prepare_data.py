@@ -247,7 +247,15 @@ def download(url, path, size=None, sha256=None, patience=1.0):
     four times in a row without progress, and by the next call. Size and hash are checked where they
     are given or the Hugging Face hub publishes them. Waits patience · 1, 2, 4 seconds in between."""
     path = Path(path)
+
+    def check(file, what_to_do):
+        if size and file.stat().st_size != size:
+            raise UserError(f"{file} of {url} has {file.stat().st_size} bytes, expected {size}; {what_to_do}")
+        if sha256 and sha256_of(file) != sha256:
+            raise UserError(f"{file} of {url} has another sha256 than published; {what_to_do}")
+
     if path.exists():
+        check(path, "remove it and run again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -266,7 +274,8 @@ def download(url, path, size=None, sha256=None, patience=1.0):
                     raise UserError(f"{url} answered {reply.status_code} {reply.reason}; has it moved?")
                 for answer in [*reply.history, reply]:  # the hub says it in the redirect to its store
                     size = size or int(answer.headers.get("X-Linked-Size", 0)) or None
-                    sha256 = sha256 or answer.headers.get("X-Linked-ETag", "").strip('"') or None
+                    etag = answer.headers.get("X-Linked-ETag", "").strip('"')  # a sha256 of large files only
+                    sha256 = sha256 or (etag if len(etag) == 64 else None)
                 resumed = reply.status_code == 206
                 have = have if resumed else 0
                 length = int(reply.headers.get("Content-Length", 0))
@@ -287,15 +296,13 @@ def download(url, path, size=None, sha256=None, patience=1.0):
                 raise UserError(f"cannot download from {urlsplit(url).netloc} ({type(error).__name__}); what came is kept, "
                                 "run again to go on; `python prepare_data.py python` needs no network") from None
             time.sleep(patience * 2 ** (failures - 1))
-    if size and part.stat().st_size != size:
-        message = f"{part.stat().st_size} bytes, expected {size}"
-    elif sha256 and len(sha256) == 64 and sha256_of(part) != sha256:
-        message = "another sha256 than published"
-    else:
-        part.rename(path)
-        return path
-    part.unlink()
-    raise UserError(f"{url} came with {message} and was removed; run again")
+    try:
+        check(part, "it was removed, run again")
+    except UserError:
+        part.unlink()
+        raise
+    part.rename(path)
+    return path
 
 
 def gpt2_encoding():

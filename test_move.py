@@ -592,8 +592,10 @@ def test_a_cut_download_goes_on_where_it_broke(server, tmp_path):
     starts = [int(asked[6:-1]) if asked else 0 for _, asked in server.requests]
     assert starts[0] == 0 and 0.4 < starts[1] / len(BODY) <= 0.5 and starts[2] == starts[1]
     assert 0.65 < starts[3] / len(BODY) <= 0.75
-    fetch(server, tmp_path)  # it is there: asks nobody
+    fetch(server, tmp_path, size=len(BODY))  # it is there: asks nobody
     assert len(server.requests) == 4
+    with pytest.raises(prepare_data.UserError, match="another sha256 than published; remove it and run again"):
+        fetch(server, tmp_path, sha256="0" * 64)
 
 
 def test_a_download_goes_on_in_a_later_run(server, tmp_path):
