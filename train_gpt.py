@@ -345,6 +345,40 @@ class Log:
         self.file.flush()
 
 
+@contextlib.contextmanager
+def stop_signals(machine):
+    """Yields a list that Ctrl-C and SIGTERM are put into, for the loop to end where its state can be saved.
+    A second Ctrl-C ends the program at once; not under torchrun, whose processes see each one twice."""
+    stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        if machine.world == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+
+
+def backward(fast_model, train_set, micro_batches, machine):
+    """Adds up the gradient of the mean loss over the micro-batches (n, micro_batch) of indices; returns that
+    loss, on the device: nothing here waits for the GPU, so that it always has work."""
+    loss = 0
+    for i, indices in enumerate(micro_batches):
+        idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[indices])
+        idx, targets = (t.to(machine.device, non_blocking=True) for t in (idx, targets))
+        last = i == len(micro_batches) - 1  # processes exchange gradients once, after the last micro-batch
+        with contextlib.nullcontext() if last or machine.world == 1 else fast_model.no_sync():
+            micro_loss = fast_model(idx, targets) / len(micro_batches)
+            micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
+
+
 def train(args, machine, model, train_set, val_set, count_units, unit, data_identity):
     """Trains `model` (a GPT on machine.device) to args.max_steps. The one loop, for text and images.
 
@@ -378,81 +412,60 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     fast_model = torch.compile(model, fullgraph=True) if args.compile else model
     if machine.world > 1:
         fast_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
-    batch = args.batch_tokens // args.seq_len  # sequences of a step, of which this process takes its share
-    order = DataOrder(len(train_set), batch, args.seed)
-    n_micro = batch // (args.micro_batch * machine.world)
+    order = DataOrder(len(train_set), args.batch_tokens // args.seq_len, args.seed)
     n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
     train_flops = 3 * sum(model.flops_per_token().values())
 
-    stop = []  # signals that came; a second Ctrl-C ends the program at once
+    step, losses, clock_step, clock = first, [], first, time.time()
+    with stop_signals(machine) as stop:
+        while True:
+            stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
+            done = step == args.max_steps
+            save = done or stopping or (step % args.save_every == 0 and step > first)
+            if losses and (save or step % args.log_every == 0 or step == first + 1):
+                mean_losses = machine.sum([x / machine.world for x in torch.stack(losses).tolist()])
+                if not all(map(math.isfinite, mean_losses)):
+                    kept = f"the checkpoint in {args.out_dir} is good" if path.exists() else "there is no checkpoint yet"
+                    raise UserError(f"the loss is not finite at step {step}; {kept}; try a lower --lr_scale or --dtype float32")
+                seconds_a_step = (time.time() - clock) / (step - clock_step)
+                speed = args.batch_tokens / seconds_a_step
+                mfu = speed * train_flops / machine.peak_flops() if machine.peak_flops() else None
+                left = seconds_a_step * (args.max_steps - step)
+                loss = sum(mean_losses) / len(mean_losses)
+                if machine.main:
+                    log(f"step {step}/{args.max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+                        + (f"  MFU {mfu:.1%}" if mfu else "") + f"  {int(left // 60)}:{int(left % 60):02d} left",
+                        step=step, loss=loss, tokens_per_s=speed, mfu=mfu, seconds_left=left)
+                losses, clock_step, clock = [], step, time.time()
+            if (step % args.eval_every == 0 or done) and (step > first or first == 0):
+                result = evaluate(model, val_set, n_eval, count_units, args, machine)
+                if not math.isfinite(result["bits"]):
+                    raise UserError(f"the validation loss is not finite at step {step}; try a lower --lr_scale or --dtype float32")
+                if machine.main:
+                    result |= bank_use(model, optimizers[1])
+                    text = f"step {step}/{args.max_steps}  validation {result['bits']:.4f} {unit}"
+                    text += "".join(f"  {name} " + " ".join(f"{g:.2f}" for g in result[name])
+                                    for name in ("g_0", "g_i") if result[name])
+                    if "rows_used" in result:
+                        text += f"  rows used {result['rows_used']:.0%}, norm {result['row_norm']:.2f}"
+                    log(text, step=step, **{"val_" + unit.replace(" ", "_"): result.pop("bits")}, **result)
+                clock_step, clock = step, time.time()
+            if save and machine.main:
+                save_checkpoint(path, step=step, identity=identity, model=model.state_dict(),
+                                optimizers=[o.state_dict() for o in optimizers])
+                clock = time.time()
+            if done or stopping:
+                break
 
-    def on_signal(number, frame):
-        stop.append(number)
-        if machine.world == 1:  # torchrun passes a Ctrl-C on, so that its processes see it twice
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    step, losses, clock_step, clock, seconds_a_step = first, [], first, time.time(), None
-    while True:
-        stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
-        done = step == args.max_steps
-        save = done or stopping or (step % args.save_every == 0 and step > first)
-        if losses and (save or step % args.log_every == 0 or step == first + 1):
-            mean_losses = machine.sum([x / machine.world for x in torch.stack(losses).tolist()])
-            if not all(map(math.isfinite, mean_losses)):
-                kept = f"the checkpoint in {args.out_dir} is good" if path.exists() else "there is no checkpoint yet"
-                raise UserError(f"the loss is not finite at step {step}; {kept}; try a lower --lr_scale or --dtype float32")
-            seconds_a_step = (time.time() - clock) / (step - clock_step)
-            speed = args.batch_tokens / seconds_a_step
-            mfu = speed * train_flops / machine.peak_flops() if machine.peak_flops() else None
-            left = seconds_a_step * (args.max_steps - step)
-            loss = sum(mean_losses) / len(mean_losses)
-            if machine.main:
-                log(f"step {step}/{args.max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
-                    + (f"  MFU {mfu:.1%}" if mfu else "") + f"  {int(left // 60)}:{int(left % 60):02d} left",
-                    step=step, loss=loss, tokens_per_s=speed, mfu=mfu, seconds_left=left)
-            losses, clock_step, clock = [], step, time.time()
-        if (step % args.eval_every == 0 or done) and (step > first or first == 0):
-            result = evaluate(model, val_set, n_eval, count_units, args, machine)
-            if not math.isfinite(result["bits"]):
-                raise UserError(f"the validation loss is not finite at step {step}; try a lower --lr_scale or --dtype float32")
-            if machine.main:
-                result |= bank_use(model, optimizers[1])
-                text = f"step {step}/{args.max_steps}  validation {result['bits']:.4f} {unit}"
-                for name in ("g_0", "g_i"):
-                    if result[name]:
-                        text += f"  {name} " + " ".join(f"{g:.2f}" for g in result[name])
-                if "rows_used" in result:
-                    text += f"  rows used {result['rows_used']:.0%}, norm {result['row_norm']:.2f}"
-                log(text, step=step, **{"val_" + unit.replace(" ", "_"): result.pop("bits")}, **result)
-            clock_step, clock = step, time.time()
-        if save and machine.main:
-            save_checkpoint(path, step=step, identity=identity, model=model.state_dict(),
-                            optimizers=[o.state_dict() for o in optimizers])
-            clock = time.time()
-        if done or stopping:
-            break
-
-        rows = order(step).reshape(n_micro, machine.world, args.micro_batch)[:, machine.rank]
-        factor = schedule(step, args.max_steps)
-        loss = 0
-        for i, indices in enumerate(rows):
-            idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[indices])
-            idx, targets = (t.to(machine.device, non_blocking=True) for t in (idx, targets))
-            last = i == n_micro - 1  # gradients are exchanged once, after the last micro-batch
-            with contextlib.nullcontext() if last or machine.world == 1 else fast_model.no_sync():
-                micro_loss = fast_model(idx, targets) / n_micro
-                micro_loss.backward()
-            loss += micro_loss.detach()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        step += 1
-    for number, handler in old_handlers.items():
-        signal.signal(number, handler)
+            rows = order(step).reshape(-1, machine.world, args.micro_batch)[:, machine.rank]
+            losses.append(backward(fast_model, train_set, rows, machine))
+            factor = schedule(step, args.max_steps)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
     if machine.main and machine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(machine.device)
         log(f"peak memory {peak / 2**30:.1f} GiB", step=step, peak_memory_bytes=peak)
