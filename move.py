@@ -301,15 +301,15 @@ class GPTConfig:
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
         if self.attention == "mla":
-            self.kv_rank = self.kv_rank or self.dim // 2
-            self.rope_dim = self.rope_dim or self.dim // self.n_heads // 2
-            if self.kv_rank % self.n_heads:
-                raise ValueError(f"kv_rank {self.kv_rank} is not divisible by n_heads {self.n_heads}")
+            self.kv_rank = self.dim // 2 if self.kv_rank is None else self.kv_rank
+            self.rope_dim = self.dim // self.n_heads // 2 if self.rope_dim is None else self.rope_dim
+            if self.kv_rank < 1 or self.kv_rank % self.n_heads:
+                raise ValueError(f"kv_rank {self.kv_rank} is not a positive multiple of n_heads {self.n_heads}")
         else:
             self.kv_rank = self.rope_dim = None
-        if (self.rope_dim or self.dim // self.n_heads) % 2:
-            raise ValueError("rotary embeddings turn pairs: the width of a head (MHA) or rope_dim "
-                             f"(MLA) must be even, not {self.rope_dim or self.dim // self.n_heads}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError("rotary embeddings turn pairs: the width of a head (MHA) or rope_dim (MLA) "
+                             f"must be even, not {self.rotary_dim}")
 
     @classmethod
     def from_depth(cls, depth, scale=1.0, **overrides):
@@ -321,6 +321,11 @@ class GPTConfig:
         n_heads = math.ceil(depth / 2)  # an odd depth rounds d up to whole heads
         shape = dict(n_layers=depth, n_heads=n_heads, dim=128 * n_heads, n_slots=n_slots)
         return cls(**{**shape, **overrides})
+
+    @property
+    def rotary_dim(self):
+        """Width of what is turned by its position: a head, or the rotary key of MLA."""
+        return self.rope_dim if self.attention == "mla" else self.dim // self.n_heads
 
     @property
     def memory_dim(self):
@@ -378,7 +383,7 @@ class GPT(nn.Module):
             self.banks = nn.ModuleList(ValueBank(V, m, config.memory_dim) if m else None for m in slots)
         else:
             self.banks = nn.ModuleList([None])
-        cos, sin = rotary_angles(config.seq_len, config.rope_dim or d // config.n_heads)
+        cos, sin = rotary_angles(config.seq_len, config.rotary_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

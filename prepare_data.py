@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ def load_dataset(folder):
             if sha256_of(folder / name) != published["sha256"]:
                 raise UserError(f"{folder / name} was altered: its sha256 is not that of meta.json{again}")
         bins = [np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")]
+        largest = max(tokens.max() for tokens in bins)
+        if largest >= meta["vocab_size"]:
+            raise UserError(f"{folder} has token {largest}, outside its vocabulary of {meta['vocab_size']}{again}")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing{again}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -125,8 +129,9 @@ def new_folder(folder):
     """A temporary folder that becomes `folder` if the block ends well, and vanishes otherwise."""
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o755)  # mkdtemp's folders are for their owner only
     try:
         yield temporary
         temporary.rename(folder)
@@ -259,15 +264,16 @@ def download(url, path, size=None, sha256=None, patience=1.0):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    have = best = part.stat().st_size if part.exists() else 0
     failures = 0
     while True:
-        have = part.stat().st_size if part.exists() else 0
         try:
             headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
             with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
-                if reply.status_code == 416:  # nothing lies behind what we have: it is of another file
-                    part.unlink()
-                    raise requests.ConnectionError("the server refused to resume")
+                resumed = reply.status_code == 206
+                if reply.status_code == 416 or resumed and not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    part.unlink()  # what we have is not the beginning of this file, or the server cannot resume
+                    raise requests.ConnectionError("the server did not resume where the download broke")
                 if reply.status_code >= 500 or reply.status_code == 429:
                     raise requests.ConnectionError(f"the server answered {reply.status_code}")
                 if reply.status_code not in (200, 206):
@@ -276,10 +282,10 @@ def download(url, path, size=None, sha256=None, patience=1.0):
                     size = size or int(answer.headers.get("X-Linked-Size", 0)) or None
                     etag = answer.headers.get("X-Linked-ETag", "").strip('"')  # a sha256 of large files only
                     sha256 = sha256 or (etag if len(etag) == 64 else None)
-                resumed = reply.status_code == 206
+                if "Content-Length" not in reply.headers and not size:
+                    raise UserError(f"{url} does not say how long it is, so that a cut could not be seen; fetch {path} by other means")
                 have = have if resumed else 0
-                length = int(reply.headers.get("Content-Length", 0))
-                total = have + length if length else size
+                total = have + int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else size
                 if size and total != size:
                     part.unlink(missing_ok=True)
                     raise UserError(f"{url} has {total} bytes, expected {size}; it is not the published file")
@@ -288,10 +294,13 @@ def download(url, path, size=None, sha256=None, patience=1.0):
                     for block in reply.iter_content(1 << 16):
                         file.write(block)
                         bar.update(len(block))
-                        failures = 0
-            break
+            if part.stat().st_size == total:
+                break
+            raise requests.ConnectionError("the connection was cut")
         except requests.RequestException as error:
-            failures += 1
+            have = part.stat().st_size if part.exists() else 0
+            failures = 1 if have > best else failures + 1
+            best = max(best, have)
             if failures == 4:
                 raise UserError(f"cannot download from {urlsplit(url).netloc} ({type(error).__name__}); what came is kept, "
                                 "run again to go on; `python prepare_data.py python` needs no network") from None

@@ -93,6 +93,8 @@ def resolve_flags(args, defaults):
                  "save_every", "log_every"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {args.seed}")
     if args.move_scale < 0 or not math.isfinite(args.move_scale):
         raise UserError(f"--move_scale must be 0 (no memory) or more, not {args.move_scale:g}")
     if args.move_scale == 0:
@@ -495,8 +497,8 @@ def load_text(args, machine):
         prepare_python(folder, DEFAULT_VOCAB_SIZE)
     machine.sum([0])  # the other processes wait here
     data = load_dataset(folder)
-    if data.meta["kind"] != "text":
-        raise UserError(f"{folder} holds {data.meta['kind']} data, this script needs text")
+    if data.meta.get("kind") != "text":
+        raise UserError(f"{folder} holds {data.meta.get('kind')} data, this script needs text")
     return data
 
 
