@@ -19,7 +19,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -61,13 +63,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script: errors of the user or of the machine end it with one line and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed
     try:
         main()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(stop or "interrupted", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -107,6 +110,9 @@ def load_dataset(folder):
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has format {meta['format']}, this program reads {FORMAT}{again}")
+        needed = ["train.bin", "val.bin"] + (["tokenizer.tiktoken"] if meta["kind"] == "text" else [])
+        if missing := [name for name in needed if name not in meta["files"]]:
+            raise UserError(f"{folder / 'meta.json'} is damaged (it has no hash of {missing[0]}){again}")
         for name, published in meta["files"].items():
             size = (folder / name).stat().st_size
             if size != published["size"]:
@@ -119,7 +125,7 @@ def load_dataset(folder):
             raise UserError(f"{folder} has token {largest}, outside its vocabulary of {meta['vocab_size']}{again}")
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing{again}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'} is damaged ({error!r}){again}") from None
     return Dataset(folder, meta, *bins)
 
@@ -208,7 +214,12 @@ def tokenize(documents, encoding, title):
     with tqdm(total=sum(map(len, documents)), desc=title, unit="B", unit_scale=True, disable=None) as bar:
         for start in range(0, len(documents), 256):
             batch = documents[start:start + 256]
-            tokens = encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
+            try:
+                tokens = encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
+            except BaseException as error:  # what a panic of tiktoken's Rust code is derived from
+                if type(error).__name__ != "PanicException":
+                    raise
+                raise UserError("tiktoken cannot read a document with a run of a million blanks; break or remove it") from None
             yield np.concatenate([np.array([separator, *t], dtype=np.uint16) for t in tokens])
             bar.update(sum(map(len, batch)))
 
@@ -216,19 +227,26 @@ def tokenize(documents, encoding, title):
 def split_documents(documents):
     """(train, val): whole documents in the order of their hashes, so that the split is random, the
     same whatever the order of the files, and no text is in both. A hundredth goes to val, a tenth of
-    a set under 10 MB; one single document is cut at the end of a line."""
+    a set under 10 MB. Where that leaves val less than half full, it gets the end of the longest document."""
     unique = {hashlib.sha256(d.encode()).digest(): d for d in documents if d.strip()}
     documents = [unique[digest] for digest in sorted(unique)]
     size = sum(map(len, documents))
     val_size = size // 100 if size > 10_000_000 else size // 10
-    if len(documents) == 1:
-        text = documents[0]
-        cut = text.rfind("\n", 0, size - val_size) + 1 or size - val_size
-        train, val = [text[:cut]], [text[cut:]]
-    else:
-        ends = list(itertools.accumulate(map(len, documents)))
-        count = sum(end <= val_size for end in ends) + 1
-        val, train = documents[:count], documents[count:]
+    train, val, filled = [], [], 0
+    for document in documents:
+        if filled < val_size and len(document) <= val_size:
+            val.append(document)
+            filled += len(document)
+        else:
+            train.append(document)
+    if train and filled < val_size / 2:
+        longest = max(range(len(train)), key=lambda i: len(train[i]))
+        text = train[longest]
+        missing = val_size - filled
+        cut = len(text) - missing
+        cut = text.rfind("\n", max(0, cut - missing), cut) + 1 or cut  # at the end of a line, if one is near
+        train[longest] = text[:cut]
+        val.append(text[cut:])
     if not any(train) or not any(val):
         raise UserError("there is too little text to split into training and validation")
     return train, val
@@ -337,7 +355,7 @@ def prepare_python(folder, vocab_size):
             files.update(os.path.join(where, name) for name in names if name.endswith(".py"))
     documents = []
     for file in files:
-        with contextlib.suppress(UnicodeDecodeError):  # a few test files of the library are not UTF-8
+        with contextlib.suppress(UnicodeDecodeError, OSError):  # a few test files are not UTF-8; dangling links
             documents.append(Path(file).read_bytes().decode())
     write_texts(folder, documents, vocab_size,
                 f"{len(files):,} .py files of Python {sys.version.split()[0]} and its installed packages")
@@ -378,7 +396,7 @@ def prepare_text(folder, files, vocab_size):
     documents = []
     for file in files:
         try:
-            documents += Path(file).read_bytes().decode().split(f"\n{SEPARATOR}\n")
+            documents += re.split(rf"\r?\n{re.escape(SEPARATOR)}\r?\n", Path(file).read_bytes().decode())
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from None
     write_texts(folder, documents, vocab_size, f"{len(files)} file(s): {', '.join(Path(f).name for f in files[:5])}")

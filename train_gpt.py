@@ -93,10 +93,12 @@ def resolve_flags(args, defaults):
                  "save_every", "log_every"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {args.seed}")
-    if args.move_scale < 0 or not math.isfinite(args.move_scale):
-        raise UserError(f"--move_scale must be 0 (no memory) or more, not {args.move_scale:g}")
+    if args.seq_len < 2:
+        raise UserError(f"--seq_len must be at least 2, not {args.seq_len}")
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed must be 0 or more and less than 2^63, not {args.seed}")
+    if not 0 <= args.move_scale <= 10_000:  # also refuses nan
+        raise UserError(f"--move_scale must be 0 (no memory) or more, up to 10000, not {args.move_scale:g}")
     if args.move_scale == 0:
         args.memory = "none"
     if args.lr_scale <= 0 or not math.isfinite(args.lr_scale):
@@ -181,7 +183,7 @@ class TextWindows:
     def __getitem__(self, indices):
         rows = np.stack([self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1] for i in indices])
         rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 class DataOrder:
@@ -253,8 +255,13 @@ def load_checkpoint(path, device="cpu"):
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; train without --resume and --prompt first, or give its --out_dir")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not {"step", "identity", "model", "optimizers", "losses"} <= set(state):
+            raise ValueError("it is not a checkpoint of this program")
+        return state
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); remove it and start again") from None
 
 
@@ -271,7 +278,7 @@ def check_same_run(saved, asked, path):
 
 @contextlib.contextmanager
 def watch_gates(model):
-    """Collects the gates that the block computes: yields a list with [Σ mean g_0, Σ mean g_i, calls] for
+    """Collects the gates that the block computes: yields a list with [Σ mean g_0, Σ mean g_i, sequences] for
     each layer that has a router. Gates that collapse (g_0 → 2 and g_i → 0, or g_0 → 0) show here."""
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
     sums = [[0.0, 0.0, 0] for _ in mixers]
@@ -279,7 +286,8 @@ def watch_gates(model):
     def watch(total):
         def hook(mixer, inputs):
             gates = mixer.gates(inputs[0]).float()
-            total[:] = total[0] + gates[..., 0].mean(), total[1] + gates[..., 1:].mean(), total[2] + 1
+            n = len(gates)
+            total[:] = total[0] + n * gates[..., 0].mean(), total[1] + n * gates[..., 1:].mean(), total[2] + n
         return hook
 
     hooks = [m.register_forward_pre_hook(watch(total)) for m, total in zip(mixers, sums)]
@@ -306,13 +314,13 @@ def evaluate(model, windows, count, count_units, args, machine):
             nats += loss.item() * (targets != -100).sum().item()
             units += count_units(targets)
     nats, units = machine.sum([nats, units])
-    means = [(float(a) / max(calls, 1), float(b) / max(calls, 1)) for a, b, calls in gates]
-    return dict(bits=nats / math.log(2) / units, g_0=[a for a, _ in means], g_i=[b for _, b in means])
+    gates = [machine.sum([float(x) for x in total]) for total in gates]
+    return dict(bits=nats / math.log(2) / units, g_0=[a / n for a, _, n in gates], g_i=[b / n for _, b, n in gates])
 
 
 def bank_use(model, adamw):
-    """How much of the memory is in use: the share of its rows with a gradient in about the last 1,500 steps
-    (after that their second moment has faded to 0), and the mean norm of a row."""
+    """How much of the memory is in use: the share of its rows that have had a gradient, which are those with a
+    second moment other than 0 (it fades, but to the smallest float32), and the mean norm of a row."""
     rows = touched = norms = 0
     for bank in model.banks.parameters():
         moment = adamw.state.get(bank, {}).get("exp_avg_sq")
@@ -393,11 +401,11 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     optimizers = make_optimizers(model, args.lr_scale)
     identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed,
                 "batch_tokens": args.batch_tokens, "lr_scale": args.lr_scale}
-    first = 0
+    first, losses = 0, []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = load_checkpoint(path, machine.device)
         check_same_run(saved["identity"], identity, path)
-        first = saved["step"]
+        first, losses = saved["step"], saved["losses"]
         if first >= args.max_steps:
             raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample with --prompt")
         model.load_state_dict(saved["model"])
@@ -418,31 +426,36 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
     train_flops = 3 * sum(model.flops_per_token().values())
 
-    step, losses, clock_step, clock = first, [], first, time.time()
+    step, clock_step, clock = first, first, time.time()
     with stop_signals(machine) as stop:
         while True:
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
             save = done or stopping or (step % args.save_every == 0 and step > first)
-            if losses and (save or step % args.log_every == 0 or step == first + 1):
-                mean_losses = machine.sum([x / machine.world for x in torch.stack(losses).tolist()])
-                if not all(map(math.isfinite, mean_losses)):
-                    kept = f"the checkpoint in {args.out_dir} is good" if path.exists() else "there is no checkpoint yet"
-                    raise UserError(f"the loss is not finite at step {step}; {kept}; try a lower --lr_scale or --dtype float32")
+            kept = f"the checkpoint in {args.out_dir} is good" if path.exists() else "there is no checkpoint yet"
+            advice = f"is not finite at step {step}; {kept}; try a lower --lr_scale or --dtype float32"
+            log_now = step > first and (step % args.log_every == 0 or step == 1 or done)
+            if log_now or save or step == first + 1:
+                losses = machine.sum([float(loss) / machine.world for loss in losses])  # waits for the device
+                if not all(map(math.isfinite, losses)):
+                    raise UserError(f"the loss {advice}")
+            if log_now:
                 seconds_a_step = (time.time() - clock) / (step - clock_step)
                 speed = args.batch_tokens / seconds_a_step
                 mfu = speed * train_flops / machine.peak_flops() if machine.peak_flops() else None
                 left = seconds_a_step * (args.max_steps - step)
-                loss = sum(mean_losses) / len(mean_losses)
+                loss = sum(losses) / len(losses)
                 if machine.main:
                     log(f"step {step}/{args.max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
                         + (f"  MFU {mfu:.1%}" if mfu else "") + f"  {int(left // 60)}:{int(left % 60):02d} left",
                         step=step, loss=loss, tokens_per_s=speed, mfu=mfu, seconds_left=left)
                 losses, clock_step, clock = [], step, time.time()
+            if step == first + 1:
+                clock_step, clock = step, time.time()  # the first step compiles
             if (step % args.eval_every == 0 or done) and (step > first or first == 0):
                 result = evaluate(model, val_set, n_eval, count_units, args, machine)
                 if not math.isfinite(result["bits"]):
-                    raise UserError(f"the validation loss is not finite at step {step}; try a lower --lr_scale or --dtype float32")
+                    raise UserError(f"the validation loss {advice}")
                 if machine.main:
                     result |= bank_use(model, optimizers[1])
                     text = f"step {step}/{args.max_steps}  validation {result['bits']:.4f} {unit}"
@@ -452,8 +465,10 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
                         text += f"  rows used {result['rows_used']:.0%}, norm {result['row_norm']:.2f}"
                     log(text, step=step, **{"val_" + unit.replace(" ", "_"): result.pop("bits")}, **result)
                 clock_step, clock = step, time.time()
+            if save and not all(p.isfinite().all() for p in model.parameters()):
+                raise UserError(f"a weight {advice}")
             if save and machine.main:
-                save_checkpoint(path, step=step, identity=identity, model=model.state_dict(),
+                save_checkpoint(path, step=step, identity=identity, losses=losses, model=model.state_dict(),
                                 optimizers=[o.state_dict() for o in optimizers])
                 clock = time.time()
             if done or stopping:
@@ -480,7 +495,9 @@ def memory_advice(args):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        said = str(error).lower()  # the CPU, CUDA's libraries and MPS have no exception of their own for it
+        if not isinstance(error, MemoryError) and not any(
+                words in said for words in ("out of memory", "allocate memory", "alloc_failed")):
             raise
         raise UserError(f"out of memory with --micro_batch {args.micro_batch} of {args.seq_len} tokens; lower --micro_batch "
                         "(which changes nothing else), then --move_scale, --depth or --seq_len") from None
@@ -532,8 +549,14 @@ def main(argv=None):
     sampling.add_argument("--top_k", type=int, default=50, help="draw among the likeliest only (default: %(default)s)")
     args = parser.parse_args(argv)
     resolve_flags(args, DEFAULTS)
-    if args.temperature < 0 or args.top_k < 1 or args.max_new_tokens < 1:
-        raise UserError("--temperature must be 0 or more, --top_k and --max_new_tokens at least 1")
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100) or args.top_k < 1 or args.max_new_tokens < 1:
+        raise UserError("--temperature must be 0 or from 0.01 to 100, --top_k and --max_new_tokens at least 1")
+    with memory_advice(args):
+        run_command(args)
+
+
+def run_command(args):
+    """Trains, or samples if there is a --prompt."""
     path = args.out_dir / "checkpoint.pt"
     if (args.resume or args.prompt is not None) and not path.exists():
         load_checkpoint(path)  # says so before any data set is made
@@ -559,20 +582,19 @@ def main(argv=None):
     except ValueError as error:
         raise UserError(error) from None
     lengths = torch.from_numpy(token_bytes(encoding))
-    with memory_advice(args):
-        model = GPT(config, dtype).to(machine.device)
-        if machine.main:
-            sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
-            print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
-        finished = train(args, machine, model,
-                         TextWindows(data.train, args.seq_len, data.folder / "train.bin"),
-                         TextWindows(data.val, args.seq_len, data.folder / "val.bin"),
-                         lambda targets: lengths[targets].sum().item(), "bits per byte", data_identity)
-        if not finished:
-            raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
-        if machine.main:
-            print("\na sample:\n")
-            sample(model, encoding, "", args, machine)
+    model = GPT(config, dtype).to(machine.device)
+    if machine.main:
+        sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
+        print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
+    finished = train(args, machine, model,
+                     TextWindows(data.train, args.seq_len, data.folder / "train.bin"),
+                     TextWindows(data.val, args.seq_len, data.folder / "val.bin"),
+                     lambda targets: lengths[targets].sum().item(), "bits per byte", data_identity)
+    if not finished:
+        raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
+    if machine.main:
+        print("\na sample:\n")
+        sample(model, encoding, "", args, machine)
     if machine.world > 1:
         dist.destroy_process_group()
 
