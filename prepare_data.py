@@ -16,7 +16,6 @@ import argparse
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re

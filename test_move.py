@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small one thread is as fast, and does not fight for a busy core
@@ -27,7 +26,7 @@ from torch import nn
 import move
 import prepare_data
 import train_gpt
-from move import (GPT, GPTConfig, KVCache, MoVEAttention, MoVELatentAttention, ValueBank, ValueMixer, mix_values,
+from move import (GPT, GPTConfig, KVCache, MoVELatentAttention, ValueBank, ValueMixer, mix_values,
                   rotary_angles)
 
 HERE = Path(__file__).resolve().parent
