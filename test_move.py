@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small one thread is as fast, and does not fight for a busy core
@@ -541,8 +542,8 @@ def test_the_python_set_is_the_library_and_the_packages(tmp_path, monkeypatch, s
     (stdlib / "empty.py").write_text("")
     (stdlib / ".#lock.py").symlink_to("nowhere")
     (stdlib / "notes.txt").write_text("not python")
-    monkeypatch.setattr(prepare_data.sysconfig, "get_paths",
-                        lambda: dict(stdlib=str(stdlib), purelib=str(packages), platlib=str(packages)))
+    paths = dict(stdlib=str(stdlib), purelib=str(packages), platlib=str(packages))
+    monkeypatch.setattr(prepare_data, "sysconfig", types.SimpleNamespace(get_paths=lambda: paths))  # torch asks the real one
     monkeypatch.setattr(train_gpt, "DEFAULT_VOCAB_SIZE", 400)
     train_gpt.main([*TINY, "--data_dir", str(tmp_path / "data"), "--out_dir", str(tmp_path / "out"), "--max_steps", "1"])
     data = prepare_data.load_dataset(tmp_path / "data" / "python")
