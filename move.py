@@ -115,10 +115,15 @@ class ValueMixer(nn.Module):
 # ------------------------------------------------------------------------------------- attention
 
 
-def rotary_angles(seq_len, dim, base=10000.0):
-    """cos and sin of the rotary angles (arXiv 2104.09864), each (seq_len, 1, dim/2) in float32."""
-    frequency = base ** (-torch.arange(0, dim, 2) / dim)
-    angle = torch.arange(seq_len)[:, None, None] * frequency
+def rotary_angles(places, dim, base=10000.0):
+    """cos and sin of the rotary angles (arXiv 2104.09864), each (T, 1, dim/2) in float32.
+
+    places (T, axes): where the tokens stand, on a line (text) or in rows and columns (a picture). The
+    dim/2 pairs are dealt out to the axes evenly.
+    """
+    dim_of_axis = dim // places.size(1)
+    frequency = base ** (-torch.arange(0, dim_of_axis, 2) / dim_of_axis)
+    angle = (places[:, :, None] * frequency).flatten(1).unsqueeze(1)
     return angle.cos(), angle.sin()
 
 
@@ -283,6 +288,7 @@ class GPTConfig:
     memory: str = "move"
     n_slots: int = 6
     gate_value: bool | None = None
+    grid: tuple[int, int] | None = None  # of a picture: rows and columns of its codes; seq_len is their product
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layers", "n_heads", "dim"):
@@ -307,9 +313,12 @@ class GPTConfig:
                 raise ValueError(f"kv_rank {self.kv_rank} is not a positive multiple of n_heads {self.n_heads}")
         else:
             self.kv_rank = self.rope_dim = None
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
+        axes = 1 if self.grid is None else 2
+        if self.rotary_dim < 1 or self.rotary_dim % (2 * axes):
             raise ValueError("rotary embeddings turn pairs: the width of a head (MHA) or rope_dim (MLA) "
-                             f"must be even, not {self.rotary_dim}")
+                             f"must be a multiple of {2 * axes}, not {self.rotary_dim}")
+        if self.grid is not None and self.seq_len != self.grid[0] * self.grid[1]:
+            raise ValueError(f"a grid of {self.grid[0]} × {self.grid[1]} codes needs a seq_len of as many, not {self.seq_len}")
 
     @classmethod
     def from_depth(cls, depth, scale=1.0, **overrides):
@@ -331,6 +340,14 @@ class GPTConfig:
     def memory_dim(self):
         """Width of a slot: that of all values of a token, or of the latent."""
         return self.kv_rank if self.attention == "mla" else self.dim
+
+    def places(self):
+        """Where the tokens of a sequence stand, (seq_len, axes): text on a line. The sequence of a picture
+        is its class and then its codes, row by row; the class stands at (0, 0), off the grid."""
+        if self.grid is None:
+            return torch.arange(self.seq_len).unsqueeze(1)
+        codes = torch.cartesian_prod(*(torch.arange(1, n + 1) for n in self.grid))
+        return torch.cat((torch.zeros(1, 2, dtype=torch.long), codes[:-1]))  # the last code is never read
 
     def layer_slots(self):
         """Slots that each layer mixes. LaVE deals its M tables out evenly, the last layer always
@@ -360,6 +377,23 @@ class Block(nn.Module):
         return x + self.mlp_down(F.relu(self.mlp_up(norm(x))).square())
 
 
+def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draws an id from each row of logits (B, V) → (B,): the likeliest if temperature is 0; with top_k among
+    the k likeliest; with top_p among the fewest whose probabilities add up to p (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        falling, order = p.sort(descending=True)
+        before = falling.cumsum(-1) - falling  # of those that are likelier
+        p = p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), 0)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
 class GPT(nn.Module):
     """A decoder-only transformer in nanochat's style, with MoVE, LaVE or no memory.
 
@@ -383,7 +417,7 @@ class GPT(nn.Module):
             self.banks = nn.ModuleList(ValueBank(V, m, config.memory_dim) if m else None for m in slots)
         else:
             self.banks = nn.ModuleList([None])
-        cos, sin = rotary_angles(config.seq_len, config.rotary_dim)
+        cos, sin = rotary_angles(config.places(), config.rotary_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -419,26 +453,32 @@ class GPT(nn.Module):
                        self.dtype or weight.dtype, weight.device)
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_ids=None,
+                 idx_without=None, cfg_scale=1.0, generator=None):
         """Continues idx (B, T ≥ 1) and yields the next ids (B,), one token at a time.
 
-        temperature 0 takes the likeliest token; top_k draws among the k likeliest; generator is the
-        torch.Generator to draw from. ValueError if idx and the new tokens exceed seq_len.
+        temperature, top_k, top_p: see draw. n_ids: draw only ids below it, where the others are padding
+        or no codes. generator: the torch.Generator to draw from.
+        Classifier-free guidance (arXiv 2207.12598): idx_without (B, T) is idx without its condition,
+        and logits = without + cfg_scale · (with − without). At a cfg_scale of 1 there is nothing to do.
+        ValueError if the tokens to be read, which are all but the last new one, exceed seq_len.
         """
-        if idx.size(1) + max_new_tokens > self.config.seq_len:
-            raise ValueError(f"{idx.size(1)} tokens and {max_new_tokens} new ones are more than this "
-                             f"model's seq_len, {self.config.seq_len}")
-        cache = self.new_cache(idx.size(0), idx.size(1) + max_new_tokens)
+        B, T = idx.shape
+        if T + max_new_tokens - 1 > self.config.seq_len:
+            raise ValueError(f"{T} tokens and {max_new_tokens} new ones, the last of which is not read, are more "
+                             f"than this model's seq_len, {self.config.seq_len}")
+        guided = idx_without is not None and cfg_scale != 1
+        if guided:
+            idx = torch.cat((idx, idx_without))
+        cache = self.new_cache(idx.size(0), T + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            logits = self(idx, cache=cache)[:, -1]  # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                idx = logits.argmax(-1, keepdim=True)
-            else:
-                idx = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            yield idx[:, 0]
+            logits = self(idx, cache=cache)[:, -1, :n_ids]
+            if guided:
+                logits, without = logits.chunk(2)
+                logits = without + cfg_scale * (logits - without)
+            new = draw(logits, temperature, top_k, top_p, generator)
+            yield new
+            idx = new.repeat(idx.size(0) // B).unsqueeze(1)
 
     def parameter_counts(self):
         """Parameters by what they are for: embedding, matrices, head, router, memory, total."""

@@ -1,4 +1,4 @@
-"""The claims of README.md, executed. `pytest -q` takes about two minutes on two cores."""
+"""The claims of README.md, executed: the memory, the model, text and training. test_images.py has those about pictures."""
 import dataclasses
 import hashlib
 import http.server
@@ -275,7 +275,7 @@ def test_absorbed_latent_attention_is_the_expanded_one(n_slots):
     layer = awake(MoVELatentAttention(32, 4, n_slots, kv_rank=12, rope_dim=6))
     x, memory = torch.randn(2, 11, 32), torch.randn(2, 11, 3, 12)
     cache = KVCache(1, 2, 11, layer.cache_shapes)
-    expanded, absorbed = (layer(x, rotary_angles(11, 6), memory, c) for c in (None, cache))
+    expanded, absorbed = (layer(x, rotary_angles(torch.arange(11)[:, None], 6), memory, c) for c in (None, cache))
     assert (expanded - absorbed).abs().max() < 1e-5 and expanded.std() > 0.05
     # The memory went into the latent: c_S of the cache is g_0 ⊙ c_KV + Σ g_i ⊙ M_i, group by group.
     c = move.norm(layer.w_down(x)[..., :12])
@@ -311,8 +311,9 @@ def test_generation(attention, memory):
     assert torch.equal(greedy, torch.stack(list(model.generate(prompt, 10, top_k=1)), 1))
     draws = [torch.stack(list(model.generate(prompt, 10, generator=torch.Generator().manual_seed(s)))) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert len(list(model.generate(prompt, 23))) == 23  # the last one is never read
     with pytest.raises(ValueError, match="seq_len, 24"):
-        list(model.generate(prompt, 23))
+        list(model.generate(prompt, 24))
 
 
 def test_top_k_draws_only_among_the_likeliest():
@@ -321,6 +322,55 @@ def test_top_k_draws_only_among_the_likeliest():
     likeliest = model(prompt[:1])[0, -1].topk(3).indices
     drawn = next(iter(model.generate(prompt, 1, temperature=2.0, top_k=3)))
     assert set(drawn.tolist()) == set(likeliest.tolist())
+    assert max(next(iter(model.generate(prompt, 1, temperature=100.0, n_ids=7))).tolist()) == 6
+
+
+def test_top_p_draws_among_the_fewest_that_make_up_p():
+    p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    for top_p, kept in [(0.01, {1}), (0.39, {1}), (0.45, {1, 3}), (0.69, {1, 3}), (0.8, {1, 3, 4}), (1.0, {0, 1, 2, 3, 4})]:
+        assert set(move.draw(p.log().expand(2000, 5), top_p=top_p).tolist()) == kept
+    # At temperature ½ the probabilities are squared, and add up otherwise.
+    q = p ** 2 / (p ** 2).sum()
+    drawn = move.draw(p.log().expand(20000, 5), temperature=0.5, top_p=0.85, generator=torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=5) / 20000
+    assert torch.allclose(shares, torch.tensor([0, q[1], 0, q[3], 0]) / (q[1] + q[3]), atol=0.01)
+
+
+@pytest.mark.parametrize("attention, memory", KINDS)
+def test_guidance_is_its_formula(attention, memory):
+    """Against two models' worth of forward passes without a cache."""
+    model = awake(GPT(small_config(attention, memory)))
+    with_class, without = random_ids(3, 2), random_ids(3, 2, seed=1)
+
+    def generate(**options):
+        return torch.stack(list(model.generate(with_class, 8, generator=torch.Generator().manual_seed(0), **options)), 1)
+
+    for scale in (0.0, 0.5, 3.0):
+        generator, ids = torch.Generator().manual_seed(0), torch.empty(3, 0, dtype=torch.long)
+        for _ in range(8):
+            a, b = (model(torch.cat([prompt, ids], 1))[:, -1] for prompt in (with_class, without))
+            probabilities = (b + scale * (a - b)).softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
+        assert torch.equal(generate(idx_without=without, cfg_scale=scale), ids)
+    assert torch.equal(generate(idx_without=without, cfg_scale=1.0), generate())
+    assert not torch.equal(generate(idx_without=without, cfg_scale=3.0), generate())
+
+
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_rotary_places_of_a_picture(attention):
+    config = small_config(attention, grid=(2, 3), seq_len=6, dim=32, rope_dim=8 if attention == "mla" else None)
+    assert config.places().tolist() == [[0, 0], [1, 1], [1, 2], [1, 3], [2, 1], [2, 2]]
+    model, width = GPT(config), config.rotary_dim
+    x = torch.randn(1, 6, 1, width, dtype=torch.float64)
+    turned = move.rotate(x, (model.cos.double(), model.sin.double()))
+    for t, (row, column) in enumerate(config.places().tolist()):  # pair by pair, as complex numbers
+        for j in range(width // 2):
+            place, i = (row, j) if j < width // 4 else (column, j - width // 4)
+            angle = place * 10000 ** (-i / (width // 4))
+            a, b = x[0, t, 0, j].item(), x[0, t, 0, j + width // 2].item()
+            z = complex(a, b) * complex(math.cos(angle), -math.sin(angle))
+            assert turned[0, t, 0, j].item() == pytest.approx(z.real, abs=1e-5)
+            assert turned[0, t, 0, j + width // 2].item() == pytest.approx(z.imag, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -380,8 +430,9 @@ def test_flops_are_what_pytorch_counts(attention, memory):
     (dict(n_heads=3), "dim 16 is not divisible by n_heads 3"), (dict(n_slots=-1), "n_slots must be 0 or more"),
     (dict(attention="mqa"), "attention must be"), (dict(memory="engram"), "memory must be"),
     (dict(vocab_size=0), "vocab_size must be at least 1"), (dict(attention="mla", kv_rank=5), "kv_rank 5 is not a positive"),
-    (dict(attention="mla", kv_rank=0), "kv_rank 0 is not a positive"), (dict(attention="mla", rope_dim=0), "must be even, not 0"),
-    (dict(n_heads=16), "must be even, not 1"), (dict(attention="mla", rope_dim=3), "must be even, not 3")])
+    (dict(attention="mla", kv_rank=0), "kv_rank 0 is not a positive"), (dict(attention="mla", rope_dim=0), "must be a multiple of 2, not 0"),
+    (dict(grid=(4, 5)), "a grid of 4 × 5 codes needs a seq_len of as many, not 24"), (dict(grid=(4, 6), n_heads=8), "must be a multiple of 4, not 2"),
+    (dict(n_heads=16), "must be a multiple of 2, not 1"), (dict(attention="mla", rope_dim=3), "must be a multiple of 2, not 3")])
 def test_configurations_that_cannot_be_built(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         small_config(**bad)
@@ -449,12 +500,14 @@ def test_the_table_of_symbols_points_at_the_code():
         assert number == anchor and code in lines[int(number) - 1], f"{code} is not on line {number}"
 
 
-def test_the_readme_names_every_flag():
-    parser_help = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=HERE, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["train_gpt.py", "train_image.py", "prepare_data.py"])
+def test_the_readme_names_every_flag(script):
+    parser_help = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True)
     assert parser_help.returncode == 0
     flags = set(re.findall(r"(--[a-z]\w+)", parser_help.stdout)) - {"--help", "--nproc_per_node"}
     readme = (HERE / "README.md").read_text()
-    assert flags and not [flag for flag in flags if f"`{flag}" not in readme]
+    quote = "" if script == "prepare_data.py" else "`"  # whose flags stand in the commands of the table of data sets
+    assert flags and not [flag for flag in flags if quote + flag not in readme]
 
 
 # ------------------------------------------------------------------------------------------ the data
@@ -621,7 +674,7 @@ def test_a_cut_download_goes_on_where_it_broke(server, tmp_path):
 
 def test_a_download_goes_on_in_a_later_run(server, tmp_path):
     server.files["file"], server.trouble["file"] = BODY, ["cut", 500, 500, 500, 500]
-    with pytest.raises(prepare_data.UserError, match="what came is kept, run again.*python` needs no network"):
+    with pytest.raises(prepare_data.UserError, match="what came is kept, run again.*python` and `digits` need no network"):
         fetch(server, tmp_path)
     assert not (tmp_path / "got" / "file").exists()
     server.trouble["file"] = []
@@ -660,7 +713,7 @@ def test_the_hash_that_the_hub_publishes_is_checked(server, tmp_path):
 def test_without_a_network_it_says_what_works(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(prepare_data.UserError, match="`python prepare_data.py python` needs no network"):
+    with pytest.raises(prepare_data.UserError, match="`python prepare_data.py python` and `digits` need no network"):
         fetch(server, tmp_path)
 
 
@@ -719,7 +772,7 @@ def log_of(out_dir, key):
 
 
 def fails(script, arguments, message):
-    """The command ends with exit code 2 and one line that says `message`."""
+    """The command ends with exit code 2 and one line on stderr that says `message`."""
     lines = []
 
     def said(text, **options):
@@ -851,17 +904,18 @@ def test_a_sample_is_the_same_for_the_same_seed(finished, data_dir, capsys):
 def test_the_order_of_the_data():
     order = train_gpt.DataOrder(n=10, batch=4, seed=0)
     seen = np.concatenate([order(step) for step in range(5)])  # two epochs; batch 2 lies in both
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10, 20))
+    assert seen[:10].tolist() != (seen[10:] - 10).tolist()
     assert train_gpt.DataOrder(10, 4, 0)(3).tolist() == seen[12:16].tolist()  # of (seed, step) alone
     assert train_gpt.DataOrder(10, 4, 1)(3).tolist() != seen[12:16].tolist()
 
 
 def test_windows_cover_the_text_once():
     windows = train_gpt.TextWindows(np.arange(100, 111, dtype=np.uint16), 3, "")
-    idx, targets = windows[range(3)]
+    idx, targets = windows[np.arange(3)]
     assert len(windows) == 3 and idx.tolist() == [[100, 101, 102], [103, 104, 105], [106, 107, 108]]
     assert torch.equal(targets, idx + 1)
+    assert torch.equal(windows[np.arange(3, 6)][0], idx)  # the second visit
 
 
 def test_the_learning_rate():
@@ -890,6 +944,7 @@ def test_bad_flags(data_dir, tmp_path):
             (["--lr_scale", 0], "--lr_scale must be"), (["--seed", -1], "--seed must be 0"),
             (["--seed", 10 ** 20], "--seed must be 0"), (["--temperature", "nan"], "--temperature must be"),
             (["--seq_len", 1, "--batch_tokens", 4], "--seq_len must be at least 2"), (["--move_scale", 1e300], "--move_scale must"), (["--temperature", -1], "--temperature must be"),
+            (["--top_k", 0], "--top_k must be"), (["--top_p", 0], "--top_p must be"), (["--max_new_tokens", 0], "--max_new_tokens must"),
             (["--attention", "mla", "--kv_rank", 3, "--depth", 4], "kv_rank 3 is not a positive multiple"),
             (["--dataset", "wikipedia"], "there is no data set .*wikipedia; make it with prepare_data.py"),
             (["--resume"], "there is no checkpoint .*checkpoint.pt; train without --resume"),
@@ -898,7 +953,7 @@ def test_bad_flags(data_dir, tmp_path):
         fails(train_gpt, [*command(data_dir, tmp_path / "none"), *flags], message)
         assert not (tmp_path / "none").exists()
     for flags, message in [
-            ([], "name one data set"), (["wikipedia"], "invalid choice: 'wikipedia'"), (["python", "--text", "x"], "name one"),
+            ([], "name one data set"), (["wikipedia"], "invalid choice: 'wikipedia'"), (["python", "--text", "x"], "name one"), (["--images", "x", "--codes", "x"], "name one"),
             (["--text", tmp_path / "missing.txt"], "missing.txt"), (["python", "--vocab_size", 70000], "65536"),
             (["fineweb_edu", "--shards", 0], "--shards must be from 1 to 1001")]:
         fails(prepare_data, [*flags, "--data_dir", tmp_path / "data"], message)
@@ -939,7 +994,7 @@ def change_meta(folder, **changes):
     (lambda f: (f / "val.bin").write_bytes(bytes((f / "val.bin").stat().st_size)), "val.bin was altered"),
     (lambda f: (f / "tokenizer.tiktoken").open("ab").write(b"x"), "tokenizer.tiktoken has"),
     (lambda f: change_meta(f, vocab_size=400), r"has token \d+, outside its vocabulary of 400"),
-    (lambda f: change_meta(f, kind="image"), "holds image data, this script needs text"),
+    (lambda f: change_meta(f, kind="image"), "meta.json is damaged .KeyError..decoder"),
     (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
     (lambda f: (f / "meta.json").write_text('{"format": 1}'), "meta.json is damaged"),
     (lambda f: change_meta(f, files={}), "meta.json is damaged .it has no hash of train.bin"),
@@ -959,7 +1014,7 @@ def test_checkpoints_that_do_not_fit(finished, data_dir, sources, tmp_path):
             ([*more, "--attention", "mla"], "attention = mha, now it is mla"), ([*more, "--seed", 5], "seed = 0, now it is 5"),
             (["--max_steps", 30], "holds a run already; go on with --resume"),
             (["--max_steps", 24, "--resume"], "has done its 24 steps; raise --max_steps"),
-            (["--prompt", "x" * 500], r"--prompt has \d+ tokens; this model takes at most 30")]:
+            (["--prompt", "x" * 500], r"--prompt has \d+ tokens; this model takes at most 31")]:
         fails(train_gpt, command(data_dir, finished, *flags), message)
     for vocab_size, message in [(1024, "made with vocab_size = 512, now it is 1024"), (500, "sha256 of tokenizer.tiktoken")]:
         folder = tmp_path / str(vocab_size)

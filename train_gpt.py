@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from move import GPT, GPTConfig, ValueMixer
 from prepare_data import (DEFAULT_VOCAB_SIZE, ArgumentParser, UserError, load_dataset, prepare_python, run,
-                          token_bytes)
+                          token_bytes, write_file)
 
 # ------------------------------------------------------------------------------------------ flags
 
@@ -39,11 +39,13 @@ DEFAULTS = {
                  eval_tokens=1 << 20, save_every=250, dtype="bfloat16", compile=True),
     "cpu": dict(depth=2, seq_len=256, micro_batch=4, batch_tokens=4096, max_steps=200, eval_every=40,
                 eval_tokens=1 << 15, save_every=100, dtype="float32", compile=False),
+    "dataset": "python", "temperature": 0.8, "top_k": 50,
 }
 
 
 def add_training_flags(parser, defaults):
-    """The flags of every training script. defaults: {'cuda': {flag: value}, 'cpu': ...}."""
+    """The flags of every training script; returns the group for sampling. defaults: {'cuda': {flag: value},
+    'cpu': ..., flag: value}."""
     both = argparse.BooleanOptionalAction
 
     def add(group, flag, help, **options):
@@ -53,6 +55,9 @@ def add_training_flags(parser, defaults):
             help += " (default: %(default)s)"
         group.add_argument(f"--{flag}", help=help, **options)
 
+    data = parser.add_argument_group("data")
+    add(data, "dataset", "a folder of --data_dir, made by prepare_data.py", default=defaults["dataset"])
+    add(data, "data_dir", "where the data sets are", type=Path, default=Path("data"))
     model = parser.add_argument_group("memory and model")
     add(model, "move_scale", "size of the memory, M = scale·depth/2 slots a token; 0: none", type=float, default=1.0)
     add(model, "memory", "one bank for all layers, a table a layer, or none", choices=["move", "lave", "none"], default="move")
@@ -60,7 +65,8 @@ def add_training_flags(parser, defaults):
     add(model, "attention", "multi-head or latent attention", choices=["mha", "mla"], default="mha")
     add(model, "kv_rank", "mla: width of the latent (default: half the model's)", type=int)
     add(model, "depth", "layers; the width is 64·depth", type=int)
-    add(model, "seq_len", "tokens of a sequence", type=int)
+    if "seq_len" in defaults["cuda"]:
+        add(model, "seq_len", "tokens of a sequence", type=int)
     training = parser.add_argument_group("training")
     add(training, "batch_tokens", "tokens of an optimizer step, over all micro-batches and GPUs", type=int)
     add(training, "micro_batch", "sequences in memory at once; less needs less memory and changes nothing else", type=int)
@@ -78,6 +84,11 @@ def add_training_flags(parser, defaults):
     add(output, "eval_tokens", "validation tokens of an evaluation, at most", type=int)
     add(output, "save_every", "steps between checkpoints", type=int)
     add(output, "log_every", "steps between lines of the log", type=int, default=10)
+    sampling = parser.add_argument_group("sampling")
+    add(sampling, "temperature", "0 takes the likeliest token", type=float, default=defaults["temperature"])
+    add(sampling, "top_k", "draw among the k likeliest only", type=int, default=defaults["top_k"])
+    add(sampling, "top_p", "draw among the fewest that make up this probability only", type=float)
+    return sampling
 
 
 def resolve_flags(args, defaults):
@@ -89,12 +100,14 @@ def resolve_flags(args, defaults):
     for flag, value in defaults["cuda" if args.device == "cuda" else "cpu"].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    for flag in ("depth", "seq_len", "batch_tokens", "micro_batch", "max_steps", "eval_every", "eval_tokens",
-                 "save_every", "log_every"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    if args.seq_len < 2:
-        raise UserError(f"--seq_len must be at least 2, not {args.seq_len}")
+    for flag, least in dict(depth=1, seq_len=2, batch_tokens=1, micro_batch=1, max_steps=1, eval_every=1, eval_tokens=1,
+                            save_every=1, log_every=1, max_new_tokens=1, top_k=1).items():
+        if getattr(args, flag, None) is not None and getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be at least {least}, not {getattr(args, flag)}")
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
+        raise UserError(f"--temperature must be 0 or from 0.01 to 100, not {args.temperature:g}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p must be more than 0 and at most 1, not {args.top_p:g}")
     if not 0 <= args.seed < 1 << 63:
         raise UserError(f"--seed must be 0 or more and less than 2^63, not {args.seed}")
     if not 0 <= args.move_scale <= 10_000:  # also refuses nan
@@ -103,14 +116,18 @@ def resolve_flags(args, defaults):
         args.memory = "none"
     if args.lr_scale <= 0 or not math.isfinite(args.lr_scale):
         raise UserError(f"--lr_scale must be more than 0, not {args.lr_scale:g}")
+    if args.out_dir is None:
+        memory = "none" if args.memory == "none" else f"{args.memory}-x{args.move_scale:g}"
+        args.out_dir = Path("out") / f"{args.dataset}-{args.attention}-{memory}-{getattr(args, 'size', None) or f'd{args.depth}'}"
+
+
+def check_batch(args):
+    """UserError if a step is no whole number of micro-batches."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro_tokens = args.micro_batch * args.seq_len * world
     if args.batch_tokens % micro_tokens:
         raise UserError(f"--batch_tokens {args.batch_tokens} is not a multiple of micro_batch · seq_len · processes "
                         f"= {args.micro_batch} · {args.seq_len} · {world} = {micro_tokens}")
-    if args.out_dir is None:
-        memory = "none" if args.memory == "none" else f"{args.memory}-x{args.move_scale:g}"
-        args.out_dir = Path("out") / f"{args.dataset}-{args.attention}-{memory}-d{args.depth}"
 
 
 # ------------------------------------------------------------------------------ machine and processes
@@ -169,8 +186,8 @@ def set_up_machine(args):
 
 
 class TextWindows:
-    """A long sequence of tokens as windows of seq_len: windows[(n,) indices] → the ids (n, seq_len) and
-    the ids that follow them, int64. A token is the target in one window only."""
+    """A long sequence of tokens as windows of seq_len: windows[(n,) visits] → the ids (n, seq_len) and the ids
+    that follow them, int64. A token is the target in one window only. Visits: see DataOrder."""
 
     def __init__(self, tokens, seq_len, where):
         self.tokens, self.seq_len = tokens, seq_len
@@ -180,27 +197,28 @@ class TextWindows:
     def __len__(self):
         return (len(self.tokens) - 1) // self.seq_len
 
-    def __getitem__(self, indices):
-        rows = np.stack([self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1] for i in indices])
+    def __getitem__(self, visits):
+        rows = np.stack([self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1] for i in visits % len(self)])
         rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 class DataOrder:
-    """Which windows batch `step` holds, a function of (seed, step) alone: epoch e visits all n windows in
-    an order drawn from (seed, e). Nothing needs to be remembered to resume."""
+    """What batch `step` holds, a function of (seed, step) alone: epoch e visits all n records (windows of text,
+    pictures) in an order drawn from (seed, e). Nothing needs to be remembered to resume. A visit is a number
+    of its own, e·n + the record's, so that a data set can show a record in another way at each."""
 
     def __init__(self, n, batch, seed):
         self.n, self.batch, self.seed, self.epochs = n, batch, seed, {}
 
     def __call__(self, step):
-        return np.array([self.window(i) for i in range(step * self.batch, (step + 1) * self.batch)])
+        return np.array([self.visit(i) for i in range(step * self.batch, (step + 1) * self.batch)])
 
-    def window(self, i):
+    def visit(self, i):
         epoch, position = divmod(i, self.n)
         if epoch not in self.epochs:
             self.epochs = {epoch: np.random.default_rng((self.seed, epoch)).permutation(self.n)}
-        return self.epochs[epoch][position]
+        return epoch * self.n + self.epochs[epoch][position]
 
 
 # -------------------------------------------------------------------------------------- optimizers
@@ -236,16 +254,10 @@ def first_line(error):
 
 
 def save_checkpoint(path, **state):
-    """Writes to a temporary name, then renames: the file is always whole, the old one or the new."""
-    temporary = path.with_suffix(".tmp")
+    """Everything that load_checkpoint gives back. UserError if the disk is full; the old file is kept then."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         kept = "the one before is kept" if path.exists() else "there is none yet"
         raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; make room and --resume") from None
 
@@ -253,7 +265,7 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path, device="cpu"):
     """Everything save_checkpoint was given. UserError if it is missing or damaged."""
     if not path.exists():
-        raise UserError(f"there is no checkpoint {path}; train without --resume and --prompt first, or give its --out_dir")
+        raise UserError(f"there is no checkpoint {path}; train without --resume and without sampling first, or give its --out_dir")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if not {"step", "identity", "model", "optimizers", "losses"} <= set(state):
@@ -271,6 +283,35 @@ def check_same_run(saved, asked, path):
         if saved.get(key) != asked[key]:
             raise UserError(f"{path} was made with {key} = {saved.get(key)}, now it is {asked[key]}; "
                             "give the same flags and data, or another --out_dir")
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+def make_model(args, machine, data, **shape):
+    """The GPT of the flags, for the vocabulary of a data set. shape: what is not nanochat's for this depth."""
+    vocab_size = -64 * (-data.meta["vocab_size"] // 64)  # padded, for fast matrix products
+    try:
+        config = GPTConfig.from_depth(args.depth, args.move_scale, vocab_size=vocab_size, seq_len=args.seq_len, memory=args.memory,
+                                      gate_value=args.gate_value, attention=args.attention, kv_rank=args.kv_rank, **shape)
+    except ValueError as error:
+        raise UserError(error) from None
+    model = GPT(config, getattr(torch, args.dtype)).to(machine.device)
+    if machine.main:
+        sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
+        print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
+    return model
+
+
+def load_model(path, identity, args, machine):
+    """(GPT, its step) of a checkpoint. UserError if it was made with something else than `identity` says."""
+    saved = load_checkpoint(path, machine.device)
+    check_same_run(saved["identity"], identity, path)
+    fields = {field.name for field in dataclasses.fields(GPTConfig)}
+    config = GPTConfig(**{name: value for name, value in saved["identity"].items() if name in fields})
+    model = GPT(config, getattr(torch, args.dtype)).to(machine.device)
+    model.load_state_dict(saved["model"])
+    return model, saved["step"]
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -299,17 +340,17 @@ def watch_gates(model):
 
 
 @torch.no_grad()
-def evaluate(model, windows, count, count_units, args, machine):
-    """Cross-entropy over the first `count` windows, always the same, shared out among the processes.
+def evaluate(model, records, count, count_units, args, machine):
+    """Cross-entropy over the first `count` records, always the same, shared out among the processes.
 
     count_units: what the bits are counted per, of a tensor of targets: its bytes of text, or its tokens.
     Returns dict(bits=bits per unit, g_0=[mean of each layer], g_i=[...]).
     """
     nats = units = 0
-    mine = range(machine.rank, count, machine.world)
+    mine = np.arange(machine.rank, count, machine.world)
     with watch_gates(model) as gates:
         for start in range(0, len(mine), args.micro_batch):
-            idx, targets = windows[mine[start:start + args.micro_batch]]
+            idx, targets = records[mine[start:start + args.micro_batch]]
             loss = model(idx.to(machine.device), targets.to(machine.device))
             nats += loss.item() * (targets != -100).sum().item()
             units += count_units(targets)
@@ -344,9 +385,7 @@ class Log:
                 with contextlib.suppress(ValueError):  # a line that a kill cut short
                     if json.loads(line)["step"] <= keep_to_step:
                         lines.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        temporary.replace(path)
+        write_file(path, lambda file: file.write("".join(lines).encode()))
         self.file = open(path, "a")
 
     def __call__(self, text, **record):
@@ -375,11 +414,11 @@ def stop_signals(machine):
 
 
 def backward(fast_model, train_set, micro_batches, machine):
-    """Adds up the gradient of the mean loss over the micro-batches (n, micro_batch) of indices; returns that
+    """Adds up the gradient of the mean loss over the micro-batches (n, micro_batch) of visits; returns that
     loss, on the device: nothing here waits for the GPU, so that it always has work."""
     loss = 0
-    for i, indices in enumerate(micro_batches):
-        idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[indices])
+    for i, visits in enumerate(micro_batches):
+        idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[visits])
         idx, targets = (t.to(machine.device, non_blocking=True) for t in (idx, targets))
         last = i == len(micro_batches) - 1  # processes exchange gradients once, after the last micro-batch
         with contextlib.nullcontext() if last or machine.world == 1 else fast_model.no_sync():
@@ -389,13 +428,14 @@ def backward(fast_model, train_set, micro_batches, machine):
     return loss
 
 
-def train(args, machine, model, train_set, val_set, count_units, unit, data_identity):
+def train(args, machine, model, train_set, val_set, count_units, unit, data_identity, after_save=None):
     """Trains `model` (a GPT on machine.device) to args.max_steps. The one loop, for text and images.
 
-    train_set, val_set: sized, and indexed by (n,) indices → (ids, targets), as TextWindows.
+    train_set, val_set: sized, and indexed by (n,) visits → (ids, targets), as TextWindows.
     count_units, unit: what `evaluate` counts the bits per, and its name.
     data_identity: dict of hashes and the like; a checkpoint of other data is refused.
-    Returns True if it came to the end, False if Ctrl-C or SIGTERM stopped it (the state is saved).
+    after_save: called with the step after each checkpoint, in one process, for a look at what has been learned.
+    KeyboardInterrupt if Ctrl-C or SIGTERM stopped it; the state is saved then.
     """
     path = args.out_dir / "checkpoint.pt"
     optimizers = make_optimizers(model, args.lr_scale)
@@ -407,7 +447,7 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
         check_same_run(saved["identity"], identity, path)
         first, losses = saved["step"], saved["losses"]
         if first >= args.max_steps:
-            raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample with --prompt")
+            raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample from it")
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -470,7 +510,10 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
             if save and machine.main:
                 save_checkpoint(path, step=step, identity=identity, losses=losses, model=model.state_dict(),
                                 optimizers=[o.state_dict() for o in optimizers])
-                clock = time.time()
+                if after_save and not stopping:
+                    after_save(step)
+            if save:
+                clock_step, clock = step, time.time()
             if done or stopping:
                 break
 
@@ -486,7 +529,8 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     if machine.main and machine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(machine.device)
         log(f"peak memory {peak / 2**30:.1f} GiB", step=step, peak_memory_bytes=peak)
-    return done
+    if not done:
+        raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
 
 
 @contextlib.contextmanager
@@ -500,57 +544,50 @@ def memory_advice(args):
                 words in said for words in ("out of memory", "allocate memory", "alloc_failed")):
             raise
         raise UserError(f"out of memory with --micro_batch {args.micro_batch} of {args.seq_len} tokens; lower --micro_batch "
-                        "(which changes nothing else), then --move_scale, --depth or --seq_len") from None
+                        "(which changes nothing else), then --move_scale, then the model's size") from None
 
 
 # ------------------------------------------------------------------------------------------- text
 
 
-def load_text(args, machine):
-    """The data set of --dataset; the default one is made if it is not there."""
+def load(args, machine, kind, default, prepare):
+    """The checked data set of --dataset, of this kind; prepare(folder) makes the default one if it is not there."""
     folder = args.data_dir / args.dataset
-    if args.dataset == "python" and not folder.exists() and machine.main:
-        print(f"making the data set {folder} of Python's own source, once", flush=True)
-        prepare_python(folder, DEFAULT_VOCAB_SIZE)
+    if args.dataset == default and not folder.exists() and machine.main:
+        print(f"making the data set {folder}, once", flush=True)
+        prepare(folder)
     machine.sum([0])  # the other processes wait here
     data = load_dataset(folder)
-    if data.meta.get("kind") != "text":
-        raise UserError(f"{folder} holds {data.meta.get('kind')} data, this script needs text")
+    if data.meta["kind"] != kind:
+        raise UserError(f"{folder} is of kind {data.meta['kind']}, this script needs {kind}; give another --dataset")
     return data
 
 
 def sample(model, encoding, prompt, args, machine):
     """Prints `prompt` and what the model writes behind it, token by token, to the end of the document."""
     idx = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    count = min(args.max_new_tokens, model.config.seq_len - len(idx))
+    count = min(args.max_new_tokens, model.config.seq_len - len(idx) + 1)
     if count < 1:
-        raise UserError(f"--prompt has {len(idx) - 1} tokens; this model takes at most {model.config.seq_len - 2}")
+        raise UserError(f"--prompt has {len(idx) - 1} tokens; this model takes at most {model.config.seq_len - 1}")
     generator = torch.Generator(machine.device).manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     print(prompt, end="", flush=True)
-    for token in model.generate(torch.tensor([idx], device=machine.device), count, args.temperature, args.top_k, generator):
+    for token in model.generate(torch.tensor([idx], device=machine.device), count, args.temperature, args.top_k, args.top_p,
+                                n_ids=encoding.n_vocab, generator=generator):  # the model's vocabulary is padded
         if token.item() == encoding.eot_token:
             break
-        if token.item() < encoding.n_vocab:  # the model's vocabulary is padded
-            print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
+        print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data_flags = parser.add_argument_group("data")
-    data_flags.add_argument("--dataset", default="python", help="a folder of --data_dir, made by prepare_data.py (default: %(default)s)")
-    data_flags.add_argument("--data_dir", type=Path, default=Path("data"), help="(default: %(default)s)")
-    add_training_flags(parser, DEFAULTS)
-    sampling = parser.add_argument_group("sampling")
+    sampling = add_training_flags(parser, DEFAULTS)
     sampling.add_argument("--prompt", help="do not train: print how the run in --out_dir continues this text")
     sampling.add_argument("--max_new_tokens", type=int, default=200, help="(default: %(default)s)")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    sampling.add_argument("--top_k", type=int, default=50, help="draw among the likeliest only (default: %(default)s)")
     args = parser.parse_args(argv)
     resolve_flags(args, DEFAULTS)
-    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100) or args.top_k < 1 or args.max_new_tokens < 1:
-        raise UserError("--temperature must be 0 or from 0.01 to 100, --top_k and --max_new_tokens at least 1")
+    check_batch(args)
     with memory_advice(args):
         run_command(args)
 
@@ -561,37 +598,21 @@ def run_command(args):
     if (args.resume or args.prompt is not None) and not path.exists():
         load_checkpoint(path)  # says so before any data set is made
     machine = set_up_machine(args)
-    dtype = getattr(torch, args.dtype)
-    data = load_text(args, machine)
+    data = load(args, machine, "text", "python", lambda folder: prepare_python(folder, DEFAULT_VOCAB_SIZE))
     encoding = data.tokenizer()
-    data_identity = {f"sha256 of {name}": published["sha256"] for name, published in data.meta["files"].items()}
+    data_identity = data.identity()
 
     if args.prompt is not None:
-        saved = load_checkpoint(path, machine.device)
         name = "sha256 of tokenizer.tiktoken"
-        check_same_run(saved["identity"], {name: data_identity[name]}, path)
-        config = GPTConfig(**{field.name: saved["identity"][field.name] for field in dataclasses.fields(GPTConfig)})
-        model = GPT(config, dtype).to(machine.device)
-        model.load_state_dict(saved["model"])
+        model, _ = load_model(path, {name: data_identity[name]}, args, machine)
         return sample(model, encoding, args.prompt, args, machine)
 
-    vocab_size = -64 * (-data.meta["vocab_size"] // 64)  # padded, for fast matrix products
-    overrides = dict(memory=args.memory, gate_value=args.gate_value, attention=args.attention, kv_rank=args.kv_rank)
-    try:
-        config = GPTConfig.from_depth(args.depth, args.move_scale, vocab_size=vocab_size, seq_len=args.seq_len, **overrides)
-    except ValueError as error:
-        raise UserError(error) from None
     lengths = torch.from_numpy(token_bytes(encoding))
-    model = GPT(config, dtype).to(machine.device)
-    if machine.main:
-        sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
-        print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
-    finished = train(args, machine, model,
-                     TextWindows(data.train, args.seq_len, data.folder / "train.bin"),
-                     TextWindows(data.val, args.seq_len, data.folder / "val.bin"),
-                     lambda targets: lengths[targets].sum().item(), "bits per byte", data_identity)
-    if not finished:
-        raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
+    model = make_model(args, machine, data)
+    train(args, machine, model,
+          TextWindows(data.train, args.seq_len, data.folder / "train.bin"),
+          TextWindows(data.val, args.seq_len, data.folder / "val.bin"),
+          lambda targets: lengths[targets].sum().item(), "bits per byte", data_identity)
     if machine.main:
         print("\na sample:\n")
         sample(model, encoding, "", args, machine)
