@@ -373,18 +373,21 @@ def write_pictures(folder, train, val, classes, n_codes, source, variants=()):
     grid = [train[0].shape[1] // 2, train[0].shape[2] // 2]
     with new_records(folder, classes, n_codes, grid, decoder="codebook", source=source) as (new, meta, write):
         np.save(new / "codebook.npy", codebook)
+        used = np.zeros(n_codes, dtype=bool)
         for images in (train[0], *variants):
-            write("train", train[1], encode(images, codebook))
+            codes = encode(images, codebook)
+            used[codes] = True
+            write("train", train[1], codes)
         images, labels = val
         codes = encode(images, codebook)
         write("val", labels, codes)
         decoded = decode(codes, codebook, grid)
-        meta |= dict(psnr=psnr(images, decoded), codes_used=len(np.unique(codes)) / n_codes)
+        meta |= dict(psnr=psnr(images, decoded), codes_used=float(used.mean()))
         pairs = np.stack((images, decoded), axis=1)  # (N, 2, h, w, 3)
         shown = [c for c in range(len(classes)) if (labels == c).any()][:20]
         sheet([pairs[labels == c][:5].reshape(-1, *images.shape[1:]) for c in shown], [classes[c] for c in shown]
               ).save(new / "contact_sheet.png")
-    print(f"held-out pictures and what their codes decode to: {meta['psnr']:.1f} dB PSNR, {meta['codes_used']:.1%} of the codes in use; "
+    print(f"held-out pictures and what their codes decode to: {meta['psnr']:.1f} dB PSNR; {meta['codes_used']:.1%} of the codes are used to train; "
           f"look at {folder / 'contact_sheet.png'}")
 
 

@@ -191,6 +191,7 @@ def test_cifar10_from_a_file_that_lies_there(tmp_path, monkeypatch):
     original = rows["data_batch_1"][7, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
     decoded = data.to_images(records[[7, 507], 1:])
     assert records[7, 0] == records[507, 0] == 64 + 7
+    assert data.meta["codes_used"] == len(np.unique(records[:, 1:])) / 64 > 0.5
     assert pictures.psnr(decoded[:1], original[None]) > 28 and pictures.psnr(decoded[1:], original[None, :, ::-1]) > 28
 
 
@@ -381,7 +382,8 @@ def test_codes_of_llamagen(tmp_path, monkeypatch):
     out = tmp_path / "out"
     train_image.main(command(tmp_path, out, "--depth", 2, "--max_steps", 1, "--batch_tokens", 8192, dataset="llamagen"))
     train_image.main(command(tmp_path, out, "--depth", 2, "--save_npz", 3, dataset="llamagen"))
-    codes = np.load(out / "samples_1.npy")
+    codes = np.load(out / "samples_1_codes.npy")
+    assert np.load(out / "samples_1_classes.npy").tolist() == [0, 1, 2]
     assert codes.shape == (3, 256) and codes.dtype == np.int64 and 0 <= codes.min() and codes.max() < 16384
 
 

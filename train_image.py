@@ -74,6 +74,12 @@ def save(path, write):
     print(f"wrote {path}", flush=True)
 
 
+def save_codes(step, codes, classes, args):
+    """samples_<step>_codes.npy, int64 (N, n), and their classes (N,), for a decoder of elsewhere (LlamaGen's)."""
+    save(args.out_dir / f"samples_{step}_codes.npy", lambda file: np.save(file, codes.astype(np.int64)))
+    save(args.out_dir / f"samples_{step}_classes.npy", lambda file: np.save(file, classes))
+
+
 MAX_ROWS, MAX_COLUMNS, MAX_PIXELS = 20, 10, 2048  # of a page of samples
 
 
@@ -87,21 +93,21 @@ def save_samples(step, model, data, args, machine):
     codes = draw_codes(model, data, classes.repeat(columns), args, machine)
     images = data.to_images(codes, machine.device)
     if images is None:
-        return save(args.out_dir / f"samples_{step}.npy", lambda file: np.save(file, codes))
+        return save_codes(step, codes, classes.repeat(columns), args)
     page = sheet(images.reshape(len(classes), columns, *images.shape[1:]), [names[c] for c in classes])
     save(args.out_dir / f"samples_{step}.png", lambda file: page.save(file, "PNG", optimize=True))
 
 
 def save_many(step, model, data, args, machine):
     """samples_<step>.npz: --save_npz new pictures, as many of each class, uint8 (N, h, w, 3) under arr_0, as programs
-    that compute an FID read them, their classes under arr_1; codes (N, n) if there is no decoder."""
+    that compute an FID read them, their classes under arr_1; or their codes, if there is no decoder."""
     classes = np.arange(args.save_npz) % len(data.meta["classes"])
     start = time.time()
     codes = draw_codes(model, data, classes, args, machine)
     print(f"{len(codes) / (time.time() - start):,.1f} images/s", flush=True)
     images = data.to_images(codes, machine.device)
-    if images is None:  # what LlamaGen's decoder takes
-        return save(args.out_dir / f"samples_{step}.npy", lambda file: np.save(file, codes.astype(np.int64)))
+    if images is None:
+        return save_codes(step, codes, classes, args)
     save(args.out_dir / f"samples_{step}.npz", lambda file: np.savez(file, images, classes))
 
 
@@ -133,6 +139,7 @@ def run_command(args):
         load_checkpoint(path)  # says so before any data set is made
     machine = set_up_machine(args)
     data = load(args, machine, "image", "digits", prepare_digits)
+    args.seq_len = data.meta["grid"][0] * data.meta["grid"][1]
     if drawing:
         model, step = load_model(path, data.identity(), args, machine)
         if args.sample:
@@ -141,7 +148,6 @@ def run_command(args):
             save_many(step, model, data, args, machine)
         return
 
-    args.seq_len = data.meta["grid"][0] * data.meta["grid"][1]
     args.batch_tokens = args.batch_tokens or 256 * args.seq_len
     check_batch(args)
     shape = dict(zip(("n_layers", "dim", "n_heads"), SIZES[args.size])) if args.size else {}
