@@ -14,7 +14,8 @@ Shapes, everywhere in this file
 
 Top to bottom: the bank (1), the mix (3), the router (2), a KV cache, multi-head attention, latent
 attention (MLA), and a GPT whose layers share one bank. `ValueBank` and `ValueMixer` are what
-another model needs. Only torch is imported; this file can be copied alone.
+another model needs. This file needs torch only and can be copied alone; with move_triton.py beside it, a CUDA device
+mixes by that file's kernels, which compute the same without ever writing M_t down (`mix="auto"`).
 """
 import math
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+try:
+    import move_triton
+except ImportError:  # it is not here, or there is no Triton: the reference does it all
+    move_triton = None
 
 
 class Linear(nn.Linear):
@@ -56,22 +62,43 @@ def norm(x):
 class ValueBank(nn.Module):
     """The bank E of equation 1: `weight` (V, M, d), one per model, shared by its attention layers.
 
-    bank(idx): token ids (B, T), int64 in [0, V) → the memory of these tokens (B, T, M, d), in the
-    weight's dtype. An id outside the vocabulary raises IndexError on a CPU and stops a CUDA device.
+    bank(idx): token ids (B, T), int64 in [0, V) → the memory of these tokens, to be handed to the mixers:
+    (B, T, M, d), in the weight's dtype. An id outside the vocabulary raises IndexError on a CPU and stops
+    a CUDA device. mix: 'reference', or 'fused' for the same by move_triton.py, where the memory is a
+    move_triton.FusedMemory; or 'auto', fused on a CUDA device if Triton is there. ValueError if it is not.
 
     The start must be random: with slots all zero and gates all alike, every slot of a token would
     get the same gradient for ever, and M slots would act as one. And it must be small: gates of 1
     add up M slots, so Var(V_S) starts at Var(V) + M·std², here 1 + 0.026 for M = 64 and Var(V) = 1.
     """
 
-    def __init__(self, vocab_size, n_slots, dim, std=0.02):
+    def __init__(self, vocab_size, n_slots, dim, std=0.02, mix="auto"):
         super().__init__()
+        self.mix, self.gradient = mix, None
         self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
         nn.init.normal_(self.weight, std=std)
 
+    @property
+    def fused(self):
+        """Whether move_triton.py mixes."""
+        if self.mix == "auto":
+            return move_triton is not None and self.weight.is_cuda
+        if self.mix == "fused" and not (move_triton is not None and move_triton.runs_on(self.weight.device)):
+            raise ValueError("mix='fused' needs move_triton.py, Triton and a CUDA device")
+        return self.mix == "fused"
+
     def forward(self, idx):
+        if self.fused:
+            return move_triton.FusedMemory(self.weight, idx, self.gradient)
         memory = F.embedding(idx, self.weight.flatten(1))  # (B, T, M·d)
         return memory.unflatten(-1, self.weight.shape[1:])
+
+    def zero_gradient(self):
+        """Fused: makes weight.grad zeros that backward adds to in place, instead of a new (V, M, d) tensor each time.
+        For a training loop to call before the first micro-batch of each step, after any optimizer.zero_grad()."""
+        if self.fused:
+            self.gradient = torch.zeros_like(self.weight) if self.gradient is None else self.gradient.zero_()
+            self.weight.grad = self.gradient
 
 
 def mix_values(v, memory, gates):
@@ -92,8 +119,9 @@ class ValueMixer(nn.Module):
     dim: width d of the layer's input. n_heads: the number of *value* heads, so that grouped-query
     attention works as it is. n_slots: M. gate_value=False leaves V as it is (g_0 = 1), as in LaVE.
 
-    mixer(x, v, memory): input (B, T, d), values (B, T, H, d_h), memory (B, T, M, H·d_h)
-    → V_S (B, T, H, d_h), in the dtype of v. Raises RuntimeError where the shapes do not fit.
+    mixer(x, v, memory): input (B, T, d), values (B, T, H, d_h), what the bank gave for the tokens
+    → V_S (B, T, H, d_h), in the dtype of v. Raises RuntimeError where the shapes do not fit. v may also be
+    the Linear that makes the values from x: where the mix is fused, one product then makes values and gates.
     """
 
     def __init__(self, dim, n_heads, n_slots, gate_value=True):
@@ -109,6 +137,11 @@ class ValueMixer(nn.Module):
         return g if self.gate_value else F.pad(g, (1, 0), value=1.0)
 
     def forward(self, x, v, memory):
+        if not isinstance(memory, torch.Tensor):  # a move_triton.FusedMemory
+            v = v.weight if isinstance(v, Linear) else v
+            return memory.values(x, v, self.router.weight, self.n_heads, self.gate_value)
+        if isinstance(v, Linear):
+            v = v(x).unflatten(-1, (self.n_heads, -1))
         return mix_values(v, memory.to(v.dtype), self.gates(x).to(v.dtype))
 
 
@@ -198,11 +231,12 @@ class MoVEAttention(nn.Module):
 
     def forward(self, x, rotary, memory=None, cache=None):
         heads = (self.n_heads, self.head_dim)
-        q = rotate(norm(self.w_q(x).unflatten(-1, heads)), rotary)  # (B, T, H, d_h)
-        k = rotate(norm(self.w_k(x).unflatten(-1, heads)), rotary)
-        v = self.w_v(x).unflatten(-1, heads)
-        if self.mixer is not None:
-            v = self.mixer(x, v, memory)  # V_S
+        q, k = F.linear(x, torch.cat((self.w_q.weight, self.w_k.weight)).to(x.dtype)).chunk(2, dim=-1)
+        q, k = (rotate(norm(t.unflatten(-1, heads)), rotary) for t in (q, k))  # (B, T, H, d_h)
+        if self.mixer is None:
+            v = self.w_v(x).unflatten(-1, heads)
+        else:
+            v = self.mixer(x, self.w_v, memory)  # V_S, of V = x W_V
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         return self.w_o(causal_attention(q, k, v).flatten(-2))
@@ -377,6 +411,55 @@ class Block(nn.Module):
         return x + self.mlp_down(F.relu(self.mlp_up(norm(x))).square())
 
 
+CAP = 15.0  # of the logits
+CHUNK = 8192  # tokens of a step of the loss
+
+
+def cap(z):
+    """15·tanh(z / 15), in float32 at least: soft-capped logits, as in Gemma 2 (arXiv 2408.00118)."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return CAP * (2 * torch.sigmoid(2 / CAP * z) - 1)  # tanh(u) = 2σ(2u) - 1, which is faster when compiled
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy in nats of the capped logits of x (N, d) for a head's weight (V, d) and targets (N,), int64 in
+    [0, V) or -100 for those that do not count → (), at least float32.
+
+    The logits (N, V) are by far the largest tensor of a training step, and in float32 they are never there: CHUNK
+    tokens at a time get theirs, the loss and, at once, its gradients, which only have to be scaled later.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradients):
+        w, n = weight.to(x.dtype), (targets != -100).sum()
+        loss, d_x, d_w = 0, [], 0
+        for x, t in zip(x.split(CHUNK), targets.split(CHUNK)):
+            counts = (t != -100).unsqueeze(1)
+            t = torch.where(counts, t.unsqueeze(1), 0)
+            logits = cap(x @ w.T)
+            total = logits.exp().sum(-1, keepdim=True).log()  # what is capped needs no maximum taken off first
+            loss += torch.where(counts, total - logits.gather(1, t), 0).sum() / n
+            if with_gradients:
+                d = (logits - total).exp() - (torch.arange(len(w), device=t.device) == t).to(logits.dtype)
+                d = (torch.where(counts, d, 0) * (1 - (logits / CAP).square()) / n).to(w.dtype)
+                d_x.append(d @ w)
+                d_w += (d.T @ x).to(weight.dtype)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(d_x), d_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d):
+        d_x, d_w = ctx.saved_tensors
+        return (d * d_x).to(d_x.dtype), d * d_w, None, None
+
+
+@torch.compiler.allow_in_graph  # as it stands: PyTorch 2.11's compiler, looking into it, takes its gradient for zero
+def linear_cross_entropy(x, weight, targets):
+    """LinearCrossEntropy, with its gradients where autograd is on."""
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+
+
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws an id from each row of logits (B, V) → (B,): the likeliest if temperature is 0; with top_k among
     the k likeliest; with top_p among the fewest whose probabilities add up to p (arXiv 1904.09751)."""
@@ -399,11 +482,12 @@ class GPT(nn.Module):
 
     RMS-norm without parameters, also after the embedding; rotary positions; ReLU² MLP; untied head;
     logits capped at ±15; no biases; each layer starts as the identity.
-    dtype: that of the activations, by default the parameters'; bfloat16 is the fast one on a GPU.
+    dtype: that of the activations, by default the parameters'; bfloat16 is the fast one on a GPU. mix: see ValueBank;
+    LaVE's tables have one layer each and are always read by the reference.
     The same seed gives the same transformer whatever its memory, which is drawn last.
     """
 
-    def __init__(self, config, dtype=None):
+    def __init__(self, config, dtype=None, mix="auto"):
         super().__init__()
         self.config, self.dtype = config, dtype
         V, d = config.vocab_size, config.dim
@@ -412,9 +496,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, m) for i, m in enumerate(slots))
         self.head = Linear(d, V, std=0.001)
         if config.memory == "move":
-            self.banks = nn.ModuleList([ValueBank(V, config.n_slots, config.memory_dim)])
+            self.banks = nn.ModuleList([ValueBank(V, config.n_slots, config.memory_dim, mix=mix)])
         elif config.memory == "lave":
-            self.banks = nn.ModuleList(ValueBank(V, m, config.memory_dim) if m else None for m in slots)
+            self.banks = nn.ModuleList(ValueBank(V, m, config.memory_dim, mix="reference") if m else None for m in slots)
         else:
             self.banks = nn.ModuleList([None])
         cos, sin = rotary_angles(config.places(), config.rotary_dim)
@@ -434,17 +518,15 @@ class GPT(nn.Module):
         rotary = self.cos[start:end], self.sin[start:end]
         x = norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))  # (B, T, d)
         # Equation 1. All layers of MoVE share one gather; in LaVE each has its own table, or none.
-        memory = [None if bank is None else bank(idx).to(x.dtype) for bank in self.banks]
+        memory = [None if bank is None else bank(idx) for bank in self.banks]
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, memory[i % len(memory)], cache)
         if cache is not None:
             cache.length = end
-        logits = self.head(norm(x))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = 15 * torch.tanh(logits / 15)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        x = norm(x)
+        if targets is not None:
+            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return cap(self.head(x))
 
     def new_cache(self, batch, max_len):
         """An empty KVCache for `batch` sequences of up to max_len tokens."""

@@ -481,7 +481,8 @@ def test_bits_per_image_token_of_probabilities(finished, data_dir):
 
 
 def train_image_args(data_dir, out_dir, **changes):
-    args = dict(micro_batch=7, seed=0, temperature=1.0, top_k=None, top_p=None, cfg_scale=2.0, dtype="float32", out_dir=out_dir)
+    args = dict(micro_batch=7, seed=0, temperature=1.0, top_k=None, top_p=None, cfg_scale=2.0, dtype="float32",
+                bank_dtype="float32", mix="auto", out_dir=out_dir)
     return type("Args", (), {**args, **changes})
 
 

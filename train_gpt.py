@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from move import GPT, GPTConfig, ValueMixer
 from prepare_data import (DEFAULT_VOCAB_SIZE, ArgumentParser, UserError, load_dataset, prepare_python, run,
@@ -36,9 +35,9 @@ from prepare_data import (DEFAULT_VOCAB_SIZE, ArgumentParser, UserError, load_da
 # What a flag is by default depends on the device: a D12-class run on a GPU, three minutes on two cores.
 DEFAULTS = {
     "cuda": dict(depth=12, seq_len=2048, micro_batch=16, batch_tokens=131072, max_steps=500, eval_every=100,
-                 eval_tokens=1 << 20, save_every=250, dtype="bfloat16", compile=True),
+                 eval_tokens=1 << 20, save_every=250, dtype="bfloat16", bank_dtype="bfloat16", compile=True),
     "cpu": dict(depth=2, seq_len=256, micro_batch=4, batch_tokens=4096, max_steps=200, eval_every=40,
-                eval_tokens=1 << 15, save_every=100, dtype="float32", compile=False),
+                eval_tokens=1 << 15, save_every=100, dtype="float32", bank_dtype="float32", compile=False),
     "dataset": "python", "temperature": 0.8, "top_k": 50,
 }
 
@@ -75,7 +74,10 @@ def add_training_flags(parser, defaults):
     add(training, "seed", "of the weights, the order of the data and the samples", type=int, default=0)
     machine = parser.add_argument_group("machine")
     add(machine, "device", "(default: the best there is)", choices=["cuda", "mps", "cpu"])
-    add(machine, "dtype", "of the activations; parameters are float32", choices=["bfloat16", "float32"])
+    add(machine, "dtype", "of the activations; parameters are float32, but for the bank", choices=["bfloat16", "float32"])
+    add(machine, "bank_dtype", "of the bank, its gradient and its optimizer's state", choices=["bfloat16", "float32"])
+    add(machine, "mix", "how the bank is read: move.py's few lines, or move_triton.py's kernels; auto: those where they run",
+        choices=["auto", "reference", "fused"], default="auto")
     add(machine, "compile", "torch.compile the model", action=both)
     output = parser.add_argument_group("output")
     add(output, "out_dir", "folder of the run (default: out/ and a name from the flags)", type=Path)
@@ -296,10 +298,23 @@ def make_model(args, machine, data, **shape):
                                       gate_value=args.gate_value, attention=args.attention, kv_rank=args.kv_rank, **shape)
     except ValueError as error:
         raise UserError(error) from None
-    model = GPT(config, getattr(torch, args.dtype)).to(machine.device)
+    model = build(config, args, machine)
     if machine.main:
         sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
-        print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}", flush=True)
+        mixes = {"fused" if bank.fused else "reference" for bank in model.banks if bank is not None}
+        print(f"{config}\nparameters: {sizes}\n{args.out_dir} on {machine.world} × {args.device}, {args.dtype}"
+              + "".join(f", {mix} mix of a bank in {args.bank_dtype}" for mix in mixes), flush=True)
+    return model
+
+
+def build(config, args, machine):
+    """A GPT of this config, on the device and in the dtypes of the flags."""
+    model = GPT(config, getattr(torch, args.dtype), args.mix).to(machine.device)
+    model.banks.to(getattr(torch, args.bank_dtype))
+    try:
+        any(bank.fused for bank in model.banks if bank is not None)
+    except ValueError as error:
+        raise UserError(f"--mix {args.mix}: {error}; give --mix auto") from None
     return model
 
 
@@ -309,7 +324,7 @@ def load_model(path, identity, args, machine):
     check_same_run(saved["identity"], identity, path)
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{name: value for name, value in saved["identity"].items() if name in fields})
-    model = GPT(config, getattr(torch, args.dtype)).to(machine.device)
+    model = build(config, args, machine)
     model.load_state_dict(saved["model"])
     return model, saved["step"]
 
@@ -367,7 +382,7 @@ def bank_use(model, adamw):
         moment = adamw.state.get(bank, {}).get("exp_avg_sq")
         rows += bank[..., 0].numel()
         touched += 0 if moment is None else moment.any(dim=-1).sum().item()
-        norms += bank.detach().norm(dim=-1).sum().item()
+        norms += bank.detach().norm(dim=-1, dtype=torch.float32).sum().item()
     return dict(rows_used=touched / rows, row_norm=norms / rows) if rows else {}
 
 
@@ -413,18 +428,28 @@ def stop_signals(machine):
             signal.signal(number, handler)
 
 
+def zero_gradients(model):
+    """No gradients; but zeros for a bank that adds up its own in place."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    for bank in model.banks:
+        if bank is not None:
+            bank.zero_gradient()
+
+
 def backward(fast_model, train_set, micro_batches, machine):
-    """Adds up the gradient of the mean loss over the micro-batches (n, micro_batch) of visits; returns that
-    loss, on the device: nothing here waits for the GPU, so that it always has work."""
+    """Adds up the gradient of the mean loss over the micro-batches (n, micro_batch) of visits, of all processes; returns
+    that loss of this process, on the device: nothing here waits for the GPU, so that it always has work."""
     loss = 0
-    for i, visits in enumerate(micro_batches):
+    for visits in micro_batches:
         idx, targets = (t.pin_memory() if machine.device.type == "cuda" else t for t in train_set[visits])
         idx, targets = (t.to(machine.device, non_blocking=True) for t in (idx, targets))
-        last = i == len(micro_batches) - 1  # processes exchange gradients once, after the last micro-batch
-        with contextlib.nullcontext() if last or machine.world == 1 else fast_model.no_sync():
-            micro_loss = fast_model(idx, targets) / len(micro_batches)
-            micro_loss.backward()
+        micro_loss = fast_model(idx, targets) / len(micro_batches)
+        (micro_loss / machine.world).backward()
         loss += micro_loss.detach()
+    if machine.world > 1:  # once a step
+        for parameter in fast_model.parameters():
+            dist.all_reduce(parameter.grad)
     return loss
 
 
@@ -460,8 +485,7 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
         log = Log(args.out_dir / "log.jsonl", first if args.resume else None)
 
     fast_model = torch.compile(model, fullgraph=True) if args.compile else model
-    if machine.world > 1:
-        fast_model = DistributedDataParallel(fast_model, gradient_as_bucket_view=True)
+    zero_gradients(model)
     order = DataOrder(len(train_set), args.batch_tokens // args.seq_len, args.seed)
     n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
     train_flops = 3 * sum(model.flops_per_token().values())
@@ -524,7 +548,7 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            zero_gradients(model)
             step += 1
     if machine.main and machine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(machine.device)

@@ -27,9 +27,9 @@ from train_gpt import (add_training_flags, check_batch, load, load_checkpoint, l
 
 DEFAULTS = {
     "cuda": dict(depth=12, micro_batch=128, max_steps=1000, eval_every=100, eval_tokens=1 << 22, save_every=500,
-                 dtype="bfloat16", compile=True),
+                 dtype="bfloat16", bank_dtype="bfloat16", compile=True),
     "cpu": dict(depth=2, micro_batch=64, max_steps=400, eval_every=100, eval_tokens=1 << 22, save_every=200,
-                dtype="float32", compile=False),
+                dtype="float32", bank_dtype="float32", compile=False),
     "dataset": "digits", "temperature": 1.0, "top_k": None,
 }
 # LlamaGen's models (arXiv 2406.06525): layers, width, heads.
