@@ -4,9 +4,13 @@
 """
 import pytest
 import torch
+from PIL import Image
 
+import experiments
 import move
 from move import GPT, GPTConfig, ValueBank, ValueMixer
+from prepare_data import UserError
+from test_move import fails
 
 pytest.importorskip("triton")
 import move_triton  # noqa: E402
@@ -244,3 +248,22 @@ def test_where_the_kernels_cannot_run(monkeypatch):
         bank(idx)
     assert ValueBank(9, 2, 8, mix="auto")(idx).shape == (1, 3, 2, 8)
 
+
+# ------------------------------------------------------------------------------------ what it costs
+
+
+def test_the_overhead_says_what_is_wrong(tmp_path):
+    for flags, message in [(["--tokens", 1000], "--tokens 1000 is not a multiple of --seq_len 2048"),
+                           (["--rounds", 0], "--rounds must be at least 1"), (["--variants"], "expected at least one argument")]:
+        fails(experiments, ["overhead", *flags], message)
+    with pytest.raises(UserError, match="move-x is none; there are standard, lave-x<scale>"):
+        experiments.Variant("move-x", None, 64)
+    if not torch.cuda.is_available():
+        fails(experiments, ["overhead"], "overhead measures a CUDA device")
+
+
+def test_the_chart_has_a_bar_a_variant(tmp_path):
+    experiments.chart([("standard", 0, 0, 0), ("move-x1", 0.02, 0.01, 0.03)], tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        colors = chart.convert("RGB").getcolors(1 << 20)
+    assert max(count for count, color in colors if color == (0x33, 0x66, 0xCC)) > 1000
