@@ -4,6 +4,7 @@
     python experiments.py overhead                               what does the memory cost on the clock? On a CUDA GPU
 """
 import argparse
+import gc
 import re
 import time
 import zipfile
@@ -87,15 +88,17 @@ class Variant:
             raise UserError(error) from None
         torch.manual_seed(0)
         self.name, self.before = name, torch.cuda.memory_allocated()  # bytes of the variants before this one
-        self.model = GPT(config, torch.bfloat16, "reference" if reference else "auto").to("cuda")
+        self.model = GPT(config, torch.bfloat16, "reference" if reference else "auto")
         self.model.banks.to(getattr(torch, args.bank_dtype))
+        self.model.to("cuda")
         self.optimizers = make_optimizers(self.model, 1.0)
         self.compiled = torch.compile(self.model, fullgraph=True)
         zero_gradients(self.model)
         self.forward_backward, self.step_ms, self.losses, self.peak = [], [], [], 0
 
     def step(self, batches):
-        """An optimizer step; its times in ms, (forward and backward of a micro-batch, optimizers)."""
+        """An optimizer step; its times in ms: of forward and backward of a micro-batch, and of the optimizers, which
+        includes that gradients are set to zero, or dropped."""
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         for i, (idx, targets) in enumerate([batches[-1], *batches]):
             if i == 1:  # the first one is not timed: it keeps the GPU at work while the CPU gets ahead, as in training
@@ -116,10 +119,10 @@ class Variant:
 
 
 def overhead(args):
-    """Times training steps of the variants in turn, round after round, and prints each beside the standard transformer:
+    """Times training steps of the variants in turn, round after round, and prints each beside the first of them:
     median and spread (from the smallest to the largest) of all rounds. The ids are those of --dataset or, by default,
-    drawn from a 1/rank law. Peak memory is over the standard's and without the memory's own parameters, gradients and
-    optimizer state."""
+    drawn from a 1/rank law. The last figure of memory is without the memory's own
+    parameters, gradients and optimizer state."""
     for flag in ("tokens", "seq_len", "vocab_size", "rounds"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -147,9 +150,10 @@ def overhead(args):
 
     variants = []
     for name in args.variants:
-        variant = Variant(name, args, vocab_size)
+        variant = None
         try:
             start = time.time()
+            variant = Variant(name, args, vocab_size)
             for _ in range(3):  # compiles
                 torch.cuda.reset_peak_memory_stats()
                 variant.step(batches)
@@ -157,21 +161,25 @@ def overhead(args):
             variants.append(variant)
             print(f"{name}: ready after {time.time() - start:.0f} s", flush=True)
         except torch.OutOfMemoryError:
+            if not variants:
+                raise UserError(f"out of memory with {name}, which the others are compared with; lower --tokens") from None
             print(f"{name}: out of memory", flush=True)
-    if not variants:
-        raise UserError("out of memory with each of the variants; lower --tokens")
+            del variant
+            gc.collect()
+            torch.cuda.empty_cache()
     for _ in range(args.rounds):
         for variant in variants:
             times = variant.step(batches)
             variant.forward_backward.append(times[0]), variant.step_ms.append(times[1])
 
-    print("variant              forward+backward ms      over standard   optimizers ms    tokens/s   peak GiB   over standard, without the bank   loss")
     base, rows = variants[0], []
+    print(f"variant, forward+backward in ms and over {base.name}, optimizers in ms, tokens/s, peak GiB and over {base.name} without "
+          "the bank's own, loss of the first and of the last micro-batch")
     for v in variants:
         ms, step_ms = np.median(v.forward_backward), np.median(v.step_ms)
         ratios = np.array(v.forward_backward) / np.array(base.forward_backward)  # round by round
         speed = args.tokens * MICRO_BATCHES / (MICRO_BATCHES * ms + step_ms) * 1000
-        extra = v.peak - v.bank_bytes() - base.peak
+        extra = (v.peak - v.bank_bytes()) - (base.peak - base.bank_bytes())
         rows.append((v.name, np.median(ratios) - 1, ratios.min() - 1, ratios.max() - 1))
         print(f"{v.name:20} {ms:6.2f} ({min(v.forward_backward):6.2f} to {max(v.forward_backward):6.2f})  {rows[-1][1]:+6.1%} "
               f"({ratios.min() - 1:+.1%} to {ratios.max() - 1:+.1%})  {step_ms:6.1f}  {speed:9,.0f}  {v.peak / 2**30:6.2f}  {extra / 2**30:+6.2f}  {v.losses[0]:6.3f} to {v.losses[-1]:.3f}", flush=True)
@@ -190,7 +198,7 @@ def chart(rows, path):
     axes.bar_label(bars, fmt="%+.1f %%", padding=4)
     axes.margins(x=0.25)
     axes.invert_yaxis()
-    axes.set_xlabel("forward + backward over the standard transformer, %")
+    axes.set_xlabel(f"forward + backward over {rows[0][0]}, %")
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     print(f"wrote {path}")
 

@@ -25,7 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    import move_triton
+    if __package__:
+        from . import move_triton
+    else:
+        import move_triton
 except ImportError:  # it is not here, or there is no Triton: the reference does it all
     move_triton = None
 
@@ -89,14 +92,16 @@ class ValueBank(nn.Module):
 
     def forward(self, idx):
         if self.fused:
-            return move_triton.FusedMemory(self.weight, idx, self.gradient)
+            in_place = self.gradient is not None and self.weight.grad is self.gradient
+            return move_triton.FusedMemory(self.weight, idx, self.gradient if in_place else None)
         memory = F.embedding(idx, self.weight.flatten(1))  # (B, T, M·d)
         return memory.unflatten(-1, self.weight.shape[1:])
 
     def zero_gradient(self):
         """Fused: makes weight.grad zeros that backward adds to in place, instead of a new (V, M, d) tensor each time.
-        For a training loop to call before the first micro-batch of each step, after any optimizer.zero_grad()."""
-        if self.fused:
+        For a training loop to call before the first forward pass of each step, after any optimizer.zero_grad(); where
+        the model is compiled, each forward pass is then followed by its backward pass. Setting weight.grad to None ends it."""
+        if self.fused and self.weight.requires_grad:
             self.gradient = torch.zeros_like(self.weight) if self.gradient is None else self.gradient.zero_()
             self.weight.grad = self.gradient
 
@@ -174,10 +179,12 @@ def causal_attention(q, k, v, scale=None):
     """
     T, S = q.size(1), k.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None
-    if 1 < T < S:  # new tokens behind a filled cache; is_causal would align them with the first keys
+    mask, is_causal = None, False  # a single new token sees all
+    if T == S:
+        is_causal = True
+    elif T > 1:  # new tokens behind a filled cache; is_causal would align them with the first keys
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
     return y.transpose(1, 2)
 
 
@@ -425,13 +432,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy in nats of the capped logits of x (N, d) for a head's weight (V, d) and targets (N,), int64 in
     [0, V) or -100 for those that do not count → (), at least float32.
 
-    The logits (N, V) are by far the largest tensor of a training step, and in float32 they are never there: CHUNK
-    tokens at a time get theirs, the loss and, at once, its gradients, which only have to be scaled later.
+    The logits (N, V) are by far the largest tensor of a training step. So CHUNK tokens at a time get theirs, the loss
+    and, at once, its gradients, which only have to be scaled later; compiled, no logits are written down in float32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, with_gradients):
-        w, n = weight.to(x.dtype), (targets != -100).sum()
+        w, n = weight.to(x.dtype), (targets != -100).sum()  # n: how many count
         loss, d_x, d_w = 0, [], 0
         for x, t in zip(x.split(CHUNK), targets.split(CHUNK)):
             counts = (t != -100).unsqueeze(1)
@@ -441,16 +448,18 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss += torch.where(counts, total - logits.gather(1, t), 0).sum() / n
             if with_gradients:
                 d = (logits - total).exp() - (torch.arange(len(w), device=t.device) == t).to(logits.dtype)
-                d = (torch.where(counts, d, 0) * (1 - (logits / CAP).square()) / n).to(w.dtype)
+                d = (torch.where(counts, d, 0) * (1 - (logits / CAP).square())).to(w.dtype)
                 d_x.append(d @ w)
                 d_w += (d.T @ x).to(weight.dtype)
         if with_gradients:
-            ctx.save_for_backward(torch.cat(d_x), d_w)
+            ctx.save_for_backward(torch.cat(d_x), d_w, n)
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d):
-        d_x, d_w = ctx.saved_tensors
+        d_x, d_w, n = ctx.saved_tensors
+        d = d / n.clamp(min=1)
         return (d * d_x).to(d_x.dtype), d * d_w, None, None
 
 

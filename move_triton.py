@@ -46,9 +46,10 @@ class Plan(NamedTuple):
 def make_plan(idx):
     """Token ids (B, T) → Plan."""
     ids, order = idx.flatten().to(torch.int32).sort(stable=True)
+    N = ids.size(0)
     group = F.pad(ids[1:] != ids[:-1], (1, 0)).cumsum(0)
-    start = torch.searchsorted(group, torch.arange(len(ids) + 1, device=idx.device))
-    ids = ids[start[:-1].clamp(max=len(ids) - 1)]
+    start = torch.searchsorted(group, torch.arange(N + 1, device=idx.device))
+    ids = ids[start[:-1].clamp(max=N - 1)]
     return Plan(*(t.to(torch.int32) for t in (order, group, start, ids)))
 
 
@@ -217,14 +218,15 @@ def mix(vz: torch.Tensor, bank: torch.Tensor, order: torch.Tensor, group: torch.
     """Equation 3: vz (N, W + G), bank (V, M, W), the plan → V_S (N, W)."""
     out = vz.new_empty(len(vz), bank.size(2))
     fixed = constants(vz, bank, n_heads, gated)
-    mix_kernel[n_heads, triton.cdiv(len(vz), TILE)](vz, bank, order, group, ids, out, len(vz), TILE=TILE, **fixed,
-                                                    num_warps=fixed["GROUPS"] * fixed["SLOTS"] // 16, num_stages=1)
+    with torch.cuda.device_of(vz):
+        mix_kernel[n_heads, triton.cdiv(len(vz), TILE)](vz, bank, order, group, ids, out, len(vz), TILE=TILE, **fixed,
+                                                        num_warps=fixed["GROUPS"] * fixed["SLOTS"] // 16, num_stages=1)
     return out
 
 
 @mix.register_fake
 def _(vz, bank, order, group, ids, n_heads, gated):
-    return vz.new_empty(len(vz), bank.size(2))
+    return vz.new_empty(vz.size(0), bank.size(2))
 
 
 @torch.library.custom_op("move::mix_backward", mutates_args=())
@@ -233,14 +235,20 @@ def mix_backward(d_vs: torch.Tensor, vz: torch.Tensor, bank: torch.Tensor, order
     """dV_S (N, W) → the gradient of vz (N, W + G)."""
     d_vz = torch.empty_like(vz)
     fixed = constants(vz, bank, n_heads, gated)
-    mix_backward_kernel[n_heads, triton.cdiv(len(vz), TILE)](d_vs, vz, bank, order, group, ids, d_vz, len(vz), TILE=TILE, **fixed,
-                                                             num_warps=fixed["GROUPS"] * fixed["SLOTS"] // 16, num_stages=1)
+    with torch.cuda.device_of(vz):
+        mix_backward_kernel[n_heads, triton.cdiv(len(vz), TILE)](d_vs, vz, bank, order, group, ids, d_vz, len(vz), TILE=TILE, **fixed,
+                                                                 num_warps=fixed["GROUPS"] * fixed["SLOTS"] // 16, num_stages=1)
     return d_vz
 
 
 @mix_backward.register_fake
 def _(d_vs, vz, bank, order, group, ids, n_heads, gated):
     return torch.empty_like(vz)
+
+
+def aligned(tensors):
+    """The tensors, those copied that do not begin at a multiple of 16 bytes, as a slice of another may."""
+    return [t.clone() if t.data_ptr() % 16 else t for t in tensors]
 
 
 def distances(tensors, like):
@@ -253,13 +261,15 @@ def distances(tensors, like):
 def add_bank_gradient(gradient: torch.Tensor, d_vs: list[torch.Tensor], vz: list[torch.Tensor], order: torch.Tensor,
                       group: torch.Tensor, start: torch.Tensor, ids: torch.Tensor, n_heads: int, gated: bool) -> None:
     """gradient (V, M, W) += Σ_layers gᵀ dV_S. d_vs, vz: of each layer, (N, W) and (N, W + G)."""
+    d_vs, vz = aligned(d_vs), aligned(vz)
     N, (M, W), fixed = len(vz[0]), gradient.shape[1:], constants(vz[0], gradient, n_heads, gated)
     tiles = triton.cdiv(N, GRADIENT_TILE)
     carry = gradient.new_empty(tiles, M, W, dtype=torch.float32)
-    bank_gradient_kernel[n_heads * triton.cdiv(M, fixed["SLOTS"]), tiles](
-        distances(d_vs, vz[0]), distances(vz, vz[0]), order, group, start, ids, gradient, carry, vz[0], N, L=len(vz),
-        TILE=GRADIENT_TILE, ROWS=32, **fixed, num_stages=1)
-    carry_kernel[tiles, triton.cdiv(M * W, 1024)](gradient, carry, group, start, ids, M * W, TILE=GRADIENT_TILE, BLOCK=1024)
+    with torch.cuda.device_of(gradient):
+        bank_gradient_kernel[n_heads * triton.cdiv(M, fixed["SLOTS"]), tiles](
+            distances(d_vs, vz[0]), distances(vz, vz[0]), order, group, start, ids, gradient, carry, vz[0], N, L=len(vz),
+            TILE=GRADIENT_TILE, ROWS=32, **fixed, num_stages=1)
+        carry_kernel[tiles, triton.cdiv(M * W, 1024)](gradient, carry, group, start, ids, M * W, TILE=GRADIENT_TILE, BLOCK=1024)
 
 
 # --------------------------------------------------------------------------------------- autograd
@@ -291,7 +301,7 @@ class Tickets(torch.autograd.Function):
         ctx.save_for_backward(bank, *plan)
         ctx.gradient, ctx.n_heads, ctx.gated = gradient, n_heads, gated
         zero = like.new_zeros(())
-        return tuple(zero.expand(len(like), width) for _ in range(MAX_LAYERS) for width in (bank.size(2), like.size(1)))
+        return tuple(zero.expand(like.size(0), width) for _ in range(MAX_LAYERS) for width in (bank.size(2), like.size(1)))
 
     @staticmethod
     def backward(ctx, *tickets):
@@ -328,12 +338,21 @@ class FusedMemory:
     """
 
     def __init__(self, bank, idx, gradient=None):
-        self.bank, self.gradient, self.plan = bank, gradient, make_plan(idx)
+        if not bank.is_contiguous():
+            raise RuntimeError("the fused mix needs a contiguous bank")
+        in_bank = ((idx >= 0) & (idx < bank.size(0))).all()
+        torch._assert_async(in_bank, "an id is outside the bank")  # on a GPU it stops the device, as an index would
+        self.bank, self.gradient, self.plan, self.shape = bank, gradient, make_plan(idx), idx.shape
         self.tickets, self.first = [], None
 
     def values(self, x, v, w_router, n_heads, gated):
         """x (B, T, n_in), values v (B, T, H, d_h) or the weight (W, n_in) that makes them, and a router's weight, whose
         rows lie slot by slot, g_0 first if it is gated: (M + 1, H) of them → V_S (B, T, H, d_h)."""
+        M, W = self.bank.shape[1:]
+        fits = v.size(0) == W if v.ndim == 2 else v.shape == (*self.shape, n_heads, W // n_heads)
+        if not fits or x.shape[:2] != self.shape or W % n_heads or w_router.size(0) != n_heads * (M + gated):
+            raise RuntimeError(f"a memory of {tuple(self.shape)} tokens with {M} slots of {W} and {n_heads} heads does not fit tokens "
+                               f"{tuple(x.shape[:2])}, values or their weight {tuple(v.shape)} and {w_router.size(0)} gates")
         w = w_router.unflatten(0, (-1, n_heads))
         w = torch.cat((w[gated:].transpose(0, 1).flatten(0, 1), w[:gated].flatten(0, 1)))  # as vz has them
         w = F.pad(w, (0, 0, 0, -len(w) % 64))  # the rows of vz begin where lines of the GPU's memory do
@@ -345,8 +364,11 @@ class FusedMemory:
 
     def mix(self, vz, n_heads, gated):
         """vz (B, T, W + G), values and router outputs as above → V_S (B, T, H, d_h). gated: whether there is a g_0.
-        TypeError for another dtype than the three, ValueError for layers that differ or are more than MAX_LAYERS."""
+        TypeError for another dtype than the three, ValueError for layers that differ or are more than MAX_LAYERS and for
+        heads wider than 512."""
         vz, shape = vz.flatten(0, 1), vz.shape[:2]
+        if self.bank.size(2) > 512 * n_heads:
+            raise ValueError(f"the fused mix takes heads of up to 512, not {self.bank.size(2) // n_heads}; use mix='reference'")
         if vz.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"the fused mix computes in float32, bfloat16 or float16, not {vz.dtype}; use mix='reference'")
         if not torch.is_grad_enabled():
@@ -354,7 +376,7 @@ class FusedMemory:
             return out.view(*shape, n_heads, -1)
         layer = (vz.shape, vz.dtype, n_heads, gated)
         if self.first is None:
-            self.first, self.tickets = layer, tickets(self.bank, self.gradient, self.plan, vz, n_heads, gated)
+            self.first, self.tickets = layer, tickets(self.bank, self.gradient, self.plan, vz.detach(), n_heads, gated)
         if self.first != layer or not self.tickets:
             raise ValueError(f"the layers of one bank must be alike in heads, gates and dtype, and at most {MAX_LAYERS}")
         pair, self.tickets = self.tickets[:2], self.tickets[2:]

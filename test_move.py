@@ -483,6 +483,13 @@ def test_the_loss_by_chunks(chunk, monkeypatch):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-15)
     with pytest.raises(RuntimeError):
         move.linear_cross_entropy(x, weight, targets.clamp(min=11))
+    none = torch.full_like(targets, -100)
+    a = x.clone().requires_grad_()
+    move.linear_cross_entropy(a, weight, none).backward()
+    assert not a.grad.any()
+    with pytest.raises(RuntimeError, match="does not require grad"):  # there is no second derivative
+        slope, = torch.autograd.grad(move.linear_cross_entropy(a, weight, targets), a, create_graph=True)
+        slope.sum().backward()
 
 
 # ---------------------------------------------------------------------------------- the README's claims
@@ -935,6 +942,8 @@ def test_a_bank_in_bfloat16_is_saved_and_resumed(data_dir, tmp_path):
     assert whole["model"]["banks.0.weight"].dtype == torch.bfloat16
     assert whole["optimizers"][1]["state"][2]["exp_avg_sq"].dtype == torch.bfloat16
     assert halves["step"] == 4 and halves["model"]["banks.0.weight"].dtype == torch.bfloat16
+    fails(train_gpt, [*command(data_dir, tmp_path / "whole", "--resume", "--max_steps", 6), "--bank_dtype", "float32"],
+          "was made with bank_dtype = bfloat16, now it is float32")
     train_gpt.main(command(data_dir, tmp_path / "whole", "--prompt", "def f", "--max_new_tokens", 3))
 
 

@@ -2,9 +2,16 @@
 
     pytest -q test_triton.py
 """
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import experiments
 import move
@@ -235,6 +242,88 @@ def test_layers_that_do_not_fit():
         memory.mix(torch.randn(1, 3, 72, device=DEVICE), 2, True)
     with pytest.raises(ValueError, match="at most 128"):
         memory.mix(torch.randn(1, 3, 72, device=DEVICE), 2, True)
+
+
+def test_shapes_that_do_not_fit():
+    """As with the reference, a RuntimeError; and no kernel reads or writes beyond the bank."""
+    mixer = ValueMixer(16, n_heads=2, n_slots=3).to(DEVICE)
+    for bank_shape, n_ids, values in [((9, 2, 16), 5, (2, 8)), ((9, 3, 32), 5, (2, 8)), ((9, 3, 16), 6, (2, 8)), ((9, 3, 16), 5, (4, 4))]:
+        for mix in ("reference", "fused"):
+            bank = ValueBank(*bank_shape, mix=mix).to(DEVICE)
+            memory = bank(torch.zeros(1, n_ids, dtype=torch.long, device=DEVICE))
+            with pytest.raises(RuntimeError):
+                mixer(torch.randn(1, 5, 16, device=DEVICE), torch.randn(1, 5, *values, device=DEVICE), memory)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        move_triton.FusedMemory(torch.randn(2, 9, 16, device=DEVICE).transpose(0, 1), torch.zeros(1, 5, dtype=torch.long, device=DEVICE))
+    with pytest.raises(ValueError, match="heads of up to 512, not 513"):
+        bank = ValueBank(9, 2, 513, mix="fused").to(DEVICE)
+        bank(torch.zeros(1, 3, dtype=torch.long, device=DEVICE)).mix(torch.randn(1, 3, 600, device=DEVICE), 1, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it stops the device")
+@pytest.mark.parametrize("id", [9, -1, 2 ** 32])
+def test_an_id_outside_the_bank(id):
+    with pytest.raises(RuntimeError, match="an id is outside the bank"):
+        ValueBank(9, 2, 8, mix="fused")(torch.tensor([[0, id]]))
+
+
+def test_tensors_that_do_not_begin_at_sixteen_bytes():
+    """The gradients of the layers' outputs may be slices of one tensor."""
+    torch.manual_seed(0)
+    idx = torch.tensor([[0, 1, 1]], device=DEVICE)
+    bank = torch.randn(4, 2, 5, device=DEVICE, requires_grad=True)
+    layers = [torch.randn(1, 3, 5 + 64, device=DEVICE) for _ in range(3)]
+    above = torch.randn(3, 1, 3, 1, 5, device=DEVICE)
+    memory = move_triton.FusedMemory(bank, idx)
+    torch.stack([memory.mix(vz.requires_grad_(), 1, False) for vz in layers]).backward(above)
+    expected = torch.zeros(4, 2, 5, dtype=torch.float64, device=DEVICE)
+    for vz, d in zip(layers, above):
+        for t, id in enumerate(idx[0]):
+            expected[id] += torch.outer(2 * torch.sigmoid(vz[0, t, 5:7].detach()), d[0, t, 0])
+    assert error(bank.grad, expected) < 1e-6
+
+
+def test_in_place_only_where_it_was_asked_for():
+    def step(bank):
+        vz = torch.ones(1, 3, 8 + 64, device=DEVICE, requires_grad=True)
+        bank(torch.tensor([[0, 1, 1]], device=DEVICE)).mix(vz, 2, True).sum().backward()
+
+    bank = ValueBank(5, 2, 8, mix="fused").to(DEVICE)
+    bank.zero_gradient()
+    step(bank)
+    in_place = bank.weight.grad.clone()
+    another = copy.deepcopy(bank)
+    for b in (bank, another):
+        b.weight.grad = None  # an ordinary training loop from here on
+        step(b)
+        assert b.weight.grad is not b.gradient and torch.equal(b.weight.grad, in_place)
+    frozen = ValueBank(5, 2, 8, mix="fused").to(DEVICE).requires_grad_(False)
+    frozen.zero_gradient()
+    step(frozen)
+    assert frozen.weight.grad is None and frozen.gradient is None
+
+
+def test_lengths_do_not_compile_again_and_again():
+    torch._dynamo.reset()
+    model = GPT(GPTConfig.from_depth(2, 3, vocab_size=64, seq_len=20), mix="fused").to(DEVICE)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for T in range(5, 12):
+        idx = torch.zeros(1, T, dtype=torch.long, device=DEVICE)
+        compiled(idx, idx)
+    torch._dynamo.reset()
+    assert counter.frame_count <= 2
+
+
+def test_inside_a_package(tmp_path):
+    package = tmp_path / "somebodys"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("move.py", "move_triton.py"):
+        shutil.copy(Path(move.__file__).with_name(name), package)
+    code = "import somebodys.move as move; print(move.move_triton.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "somebodys.move_triton\n", result.stderr
 
 
 def test_where_the_kernels_cannot_run(monkeypatch):

@@ -68,7 +68,7 @@ def add_training_flags(parser, defaults):
         add(model, "seq_len", "tokens of a sequence", type=int)
     training = parser.add_argument_group("training")
     add(training, "batch_tokens", "tokens of an optimizer step, over all micro-batches and GPUs", type=int)
-    add(training, "micro_batch", "sequences in memory at once; less needs less memory and changes nothing else", type=int)
+    add(training, "micro_batch", "sequences in memory at once; less needs less memory and changes nothing else, beside rounding", type=int)
     add(training, "max_steps", "optimizer steps; the learning rate falls over their second half", type=int)
     add(training, "lr_scale", "factor on all learning rates", type=float, default=1.0)
     add(training, "seed", "of the weights, the order of the data and the samples", type=int, default=0)
@@ -76,7 +76,7 @@ def add_training_flags(parser, defaults):
     add(machine, "device", "(default: the best there is)", choices=["cuda", "mps", "cpu"])
     add(machine, "dtype", "of the activations; parameters are float32, but for the bank", choices=["bfloat16", "float32"])
     add(machine, "bank_dtype", "of the bank, its gradient and its optimizer's state", choices=["bfloat16", "float32"])
-    add(machine, "mix", "how the bank is read: move.py's few lines, or move_triton.py's kernels; auto: those where they run",
+    add(machine, "mix", "how the bank is read: move.py's few lines, or move_triton.py's kernels; auto: those, on CUDA with Triton",
         choices=["auto", "reference", "fused"], default="auto")
     add(machine, "compile", "torch.compile the model", action=both)
     output = parser.add_argument_group("output")
@@ -298,7 +298,7 @@ def make_model(args, machine, data, **shape):
                                       gate_value=args.gate_value, attention=args.attention, kv_rank=args.kv_rank, **shape)
     except ValueError as error:
         raise UserError(error) from None
-    model = build(config, args, machine)
+    model = build(config, args, machine, args.bank_dtype)
     if machine.main:
         sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
         mixes = {"fused" if bank.fused else "reference" for bank in model.banks if bank is not None}
@@ -307,10 +307,11 @@ def make_model(args, machine, data, **shape):
     return model
 
 
-def build(config, args, machine):
-    """A GPT of this config, on the device and in the dtypes of the flags."""
-    model = GPT(config, getattr(torch, args.dtype), args.mix).to(machine.device)
-    model.banks.to(getattr(torch, args.bank_dtype))
+def build(config, args, machine, bank_dtype):
+    """A GPT of this config, with a bank in this dtype, and the rest by the flags."""
+    model = GPT(config, getattr(torch, args.dtype), args.mix)
+    model.banks.to(getattr(torch, bank_dtype))
+    model.to(machine.device)
     try:
         any(bank.fused for bank in model.banks if bank is not None)
     except ValueError as error:
@@ -324,7 +325,7 @@ def load_model(path, identity, args, machine):
     check_same_run(saved["identity"], identity, path)
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{name: value for name, value in saved["identity"].items() if name in fields})
-    model = build(config, args, machine)
+    model = build(config, args, machine, saved["identity"].get("bank_dtype", "float32"))
     model.load_state_dict(saved["model"])
     return model, saved["step"]
 
@@ -376,7 +377,7 @@ def evaluate(model, records, count, count_units, args, machine):
 
 def bank_use(model, adamw):
     """How much of the memory is in use: the share of its rows that have had a gradient, which are those with a
-    second moment other than 0 (it fades, but to the smallest float32), and the mean norm of a row."""
+    second moment other than 0 (it fades, but to the smallest number there is), and the mean norm of a row."""
     rows = touched = norms = 0
     for bank in model.banks.parameters():
         moment = adamw.state.get(bank, {}).get("exp_avg_sq")
@@ -464,8 +465,8 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     """
     path = args.out_dir / "checkpoint.pt"
     optimizers = make_optimizers(model, args.lr_scale)
-    identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed,
-                "batch_tokens": args.batch_tokens, "lr_scale": args.lr_scale}
+    identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed, "batch_tokens": args.batch_tokens,
+                "lr_scale": args.lr_scale, "bank_dtype": args.bank_dtype}
     first, losses = 0, []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = load_checkpoint(path, machine.device)
