@@ -82,16 +82,21 @@ def rows_of_groups(ids, j_0, last, m_0, M: tl.constexpr, W: tl.constexpr, GROUPS
 
 
 @triton.jit
+def tokens_of_tile(order, group, N, TILE: tl.constexpr):
+    """The tokens of this program's tile, which of them exist, their groups, and the first and the last of these."""
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = place < N
+    my_group = tl.load(group + place, live, -1)
+    return tl.load(order + place, live, 0).to(tl.int64), live, my_group, tl.load(group + tl.program_id(1) * TILE), tl.max(my_group)
+
+
+@triton.jit
 def mix_kernel(vz, bank, order, group, ids, out, N,
                M: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, HEAD: tl.constexpr, GATED: tl.constexpr,
                TILE: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
     """V_S = g_0 ⊙ V + g E."""
-    head, place = tl.program_id(0), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    live = place < N
-    token = tl.load(order + place, live, 0).to(tl.int64)
-    my_group = tl.load(group + place, live, -1)
-    first, last = tl.load(group + tl.program_id(1) * TILE), tl.max(my_group)
-    column = tl.arange(0, COLUMNS)
+    head, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    token, live, my_group, first, last = tokens_of_tile(order, group, N, TILE)
     in_head = live[:, None] & (column < HEAD)[None, :]
     v_s = tl.load(vz + token[:, None] * ROW + head * HEAD + column[None, :], in_head, 0).to(tl.float32)
     if GATED:
@@ -112,12 +117,8 @@ def mix_backward_kernel(d_vs, vz, bank, order, group, ids, d_vz, N,
                         M: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, HEAD: tl.constexpr, GATED: tl.constexpr,
                         TILE: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
     """dV = g_0 ⊙ dV_S, dg_0 = Σ V ⊙ dV_S, dg = dV_S Eᵀ and dz = dg ⊙ g (1 - g/2); zeros in the padding."""
-    head, place = tl.program_id(0), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    live = place < N
-    token = tl.load(order + place, live, 0).to(tl.int64)
-    my_group = tl.load(group + place, live, -1)
-    first, last = tl.load(group + tl.program_id(1) * TILE), tl.max(my_group)
-    column = tl.arange(0, COLUMNS)
+    head, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    token, live, my_group, first, last = tokens_of_tile(order, group, N, TILE)
     in_head = live[:, None] & (column < HEAD)[None, :]
     at_v = token[:, None] * ROW + head * HEAD + column[None, :]
     d = tl.load(d_vs + token[:, None] * W + head * HEAD + column[None, :], in_head, 0)
