@@ -142,6 +142,8 @@ class ValueMixer(nn.Module):
         return g if self.gate_value else F.pad(g, (1, 0), value=1.0)
 
     def forward(self, x, v, memory):
+        if isinstance(v, nn.Module) and not isinstance(v, Linear):
+            raise TypeError(f"v must be values (B, T, H, d_h) or a move.Linear, not {type(v).__name__}")
         if not isinstance(memory, torch.Tensor):  # a move_triton.FusedMemory
             v = v.weight if isinstance(v, Linear) else v
             return memory.values(x, v, self.router.weight, self.n_heads, self.gate_value)

@@ -244,6 +244,14 @@ def test_layers_that_do_not_fit():
         memory.mix(torch.randn(1, 3, 72, device=DEVICE), 2, True)
 
 
+@pytest.mark.parametrize("mix", ["reference", "fused"])
+def test_somebody_elses_layer_for_the_values(mix):
+    bank, mixer = ValueBank(9, 2, 8, mix=mix).to(DEVICE), ValueMixer(8, 2, 2).to(DEVICE)
+    memory = bank(torch.zeros(1, 3, dtype=torch.long, device=DEVICE))
+    with pytest.raises(TypeError, match="v must be values .* or a move.Linear, not Linear"):
+        mixer(torch.randn(1, 3, 8, device=DEVICE), torch.nn.Linear(8, 8).to(DEVICE), memory)
+
+
 def test_shapes_that_do_not_fit():
     """As with the reference, a RuntimeError; and no kernel reads or writes beyond the bank."""
     mixer = ValueMixer(16, n_heads=2, n_slots=3).to(DEVICE)

@@ -49,7 +49,8 @@ def add_training_flags(parser, defaults):
 
     def add(group, flag, help, **options):
         if flag in defaults["cuda"]:
-            help += f" (default: {defaults['cuda'][flag]} on CUDA, {defaults['cpu'][flag]} elsewhere)"
+            cuda, elsewhere = (defaults[device][flag] for device in ("cuda", "cpu"))
+            help += f" (default: {cuda})" if cuda == elsewhere else f" (default: {cuda} on CUDA, {elsewhere} elsewhere)"
         elif "default" in options:
             help += " (default: %(default)s)"
         group.add_argument(f"--{flag}", help=help, **options)
@@ -315,7 +316,7 @@ def build(config, args, machine, bank_dtype):
     try:
         any(bank.fused for bank in model.banks if bank is not None)
     except ValueError as error:
-        raise UserError(f"--mix {args.mix}: {error}; give --mix auto") from None
+        raise UserError(f"{error}; give --mix auto") from None
     return model
 
 
