@@ -927,7 +927,7 @@ def test_every_setting_trains_and_samples(attention, memory, data_dir, tmp_path,
 def test_a_run_by_the_kernels_is_that_of_the_reference(data_dir, tmp_path):
     logs = []
     for mix in ("reference", "fused"):
-        flags = ("--mix", mix, "--max_steps", 4, "--batch_tokens", 256, "--log_every", 1, "--eval_every", 2)
+        flags = ("--mix", mix, "--max_steps", 4, "--batch_tokens", 256, "--log_every", 1, "--eval_every", 2, "--eval_tokens", 256)
         train_gpt.main(command(data_dir, tmp_path / mix, *flags))
         logs.append([log_of(tmp_path / mix, key) for key in ("loss", "val_bits_per_byte", "g_0", "g_i", "rows_used")])
     for a, b in zip(*logs):
