@@ -121,8 +121,7 @@ class Variant:
 def overhead(args):
     """Times training steps of the variants in turn, round after round, and prints each beside the first of them:
     median and spread (from the smallest to the largest) of all rounds. The ids are those of --dataset or, by default,
-    drawn from a 1/rank law. The last figure of memory is without the memory's own
-    parameters, gradients and optimizer state."""
+    drawn from a 1/rank law. The last figure of memory is without the bank's own parameters, gradients and optimizer state."""
     for flag in ("tokens", "seq_len", "vocab_size", "rounds"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
