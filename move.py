@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     if __package__:
@@ -471,6 +472,10 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
+# All but cuDNN's attention, which plans anew for every length of the cache.
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws an id from each row of logits (B, V) → (B,): the likeliest if temperature is 0; with top_k among
     the k likeliest; with top_p among the fewest whose probabilities add up to p (arXiv 1904.09751)."""
@@ -565,7 +570,8 @@ class GPT(nn.Module):
             idx = torch.cat((idx, idx_without))
         cache = self.new_cache(idx.size(0), T + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            logits = self(idx, cache=cache)[:, -1, :n_ids]
+            with sdpa_kernel(DECODING):
+                logits = self(idx, cache=cache)[:, -1, :n_ids]
             if guided:
                 logits, without = logits.chunk(2)
                 logits = without + cfg_scale * (logits - without)

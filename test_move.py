@@ -316,6 +316,16 @@ def test_generation(attention, memory):
         list(model.generate(prompt, 24))
 
 
+def test_generation_leaves_out_the_attention_that_plans_anew_for_each_length():
+    model, on = GPT(small_config()), []
+    model.register_forward_pre_hook(lambda *_: on.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    tokens = model.generate(random_ids(1, 2), 3)
+    next(tokens), next(tokens)
+    assert before and on == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # between two tokens the caller's setting holds
+
+
 def test_top_k_draws_only_among_the_likeliest():
     model = awake(GPT(small_config()))
     prompt = random_ids(1, 3).expand(400, 3)
