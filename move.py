@@ -30,7 +30,7 @@ try:
         from . import move_triton
     else:
         import move_triton
-except ImportError:  # it is not here, or there is no Triton: the reference does it all
+except (ImportError, AttributeError):  # it is not here, or there is no Triton, or an old one: the reference does it all
     move_triton = None
 
 
@@ -78,6 +78,8 @@ class ValueBank(nn.Module):
 
     def __init__(self, vocab_size, n_slots, dim, std=0.02, mix="auto"):
         super().__init__()
+        if mix not in ("auto", "reference", "fused"):
+            raise ValueError(f"mix must be 'auto', 'reference' or 'fused', not {mix!r}")
         self.mix, self.gradient = mix, None
         self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
         nn.init.normal_(self.weight, std=std)
@@ -103,15 +105,18 @@ class ValueBank(nn.Module):
         For a training loop to call before the first forward pass of each step, after any optimizer.zero_grad(); where
         the model is compiled, each forward pass is then followed by its backward pass. Setting weight.grad to None ends it."""
         if self.fused and self.weight.requires_grad:
-            self.gradient = torch.zeros_like(self.weight) if self.gradient is None else self.gradient.zero_()
-            self.weight.grad = self.gradient
+            kept = self.gradient
+            fits = kept is not None and (kept.dtype, kept.device) == (self.weight.dtype, self.weight.device)
+            self.gradient = self.weight.grad = kept.zero_() if fits else torch.zeros_like(self.weight)
 
 
 def mix_values(v, memory, gates):
     """Equation 3: V_S = g_0 ⊙ V + Σ_i g_i ⊙ M_i, per token and head.
 
-    v (B, T, H, d_h), memory (B, T, M, H·d_h), gates (B, T, H, M+1) → (B, T, H, d_h).
+    v (B, T, H, d_h), memory (B, T, M, H·d_h), gates (B, T, H, M+1) → (B, T, H, d_h). RuntimeError for other shapes.
     """
+    if memory.shape[:2] != v.shape[:2] or gates.shape != (*v.shape[:3], memory.size(2) + 1):  # which might broadcast
+        raise RuntimeError(f"values {tuple(v.shape)}, memory {tuple(memory.shape)} and gates {tuple(gates.shape)} do not fit")
     memory = memory.unflatten(-1, v.shape[-2:])  # (B, T, M, H, d_h)
     g_0 = gates[..., :1]  # (B, T, H, 1)
     g = gates[..., 1:].transpose(-2, -1).unsqueeze(-1)  # (B, T, M, H, 1)

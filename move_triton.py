@@ -31,6 +31,7 @@ import triton.language as tl
 
 MAX_LAYERS = 128  # that can share one bank in one pass
 TILE = 16  # sorted tokens that one program mixes
+MAX_TOKENS = TILE * 65535  # in one pass: CUDA's limit on a grid's second axis
 GRADIENT_TILE = 32  # sorted tokens whose share of the bank's gradient one program adds up
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run as Python, for tests without a GPU
 
@@ -341,6 +342,8 @@ class FusedMemory:
     def __init__(self, bank, idx, gradient=None):
         if not bank.is_contiguous():
             raise RuntimeError("the fused mix needs a contiguous bank")
+        if idx.numel() > MAX_TOKENS:
+            raise ValueError(f"the fused mix takes up to {MAX_TOKENS:,} tokens at a time, not {idx.numel():,}; use mix='reference'")
         in_bank = ((idx >= 0) & (idx < bank.size(0))).all()
         torch._assert_async(in_bank, "an id is outside the bank")  # on a GPU it stops the device, as an index would
         self.bank, self.gradient, self.plan, self.shape = bank, gradient, make_plan(idx), idx.shape

@@ -194,6 +194,14 @@ def test_zero_gradient_starts_again_in_the_same_place():
         assert bank.weight.grad is place and not place.any()
 
 
+def test_zero_gradient_follows_the_weight_to_another_dtype():
+    bank = ValueBank(9, 2, 8, mix="fused").to(DEVICE)
+    bank.zero_gradient()
+    bank.weight.grad = None  # as optimizer.zero_grad() does
+    bank.bfloat16().zero_gradient()
+    assert bank.weight.grad.dtype == torch.bfloat16 and not bank.weight.grad.any()
+
+
 def test_grouped_query_heads_beside_ordinary_values():
     """A mixer for 2 value heads of 8, in somebody's model: v comes from elsewhere."""
     torch.manual_seed(0)
@@ -255,12 +263,15 @@ def test_somebody_elses_layer_for_the_values(mix):
 def test_shapes_that_do_not_fit():
     """As with the reference, a RuntimeError; and no kernel reads or writes beyond the bank."""
     mixer = ValueMixer(16, n_heads=2, n_slots=3).to(DEVICE)
-    for bank_shape, n_ids, values in [((9, 2, 16), 5, (2, 8)), ((9, 3, 32), 5, (2, 8)), ((9, 3, 16), 6, (2, 8)), ((9, 3, 16), 5, (4, 4))]:
+    for bank_shape, n_ids, values in [((9, 2, 16), 5, (2, 8)), ((9, 3, 32), 5, (2, 8)), ((9, 3, 16), 6, (2, 8)), ((9, 3, 16), 5, (4, 4)),
+                                      ((9, 1, 16), 5, (2, 8)), ((9, 3, 16), 1, (2, 8)), ((9, 3, 16), 5, (1, 16))]:
         for mix in ("reference", "fused"):
             bank = ValueBank(*bank_shape, mix=mix).to(DEVICE)
             memory = bank(torch.zeros(1, n_ids, dtype=torch.long, device=DEVICE))
             with pytest.raises(RuntimeError):
                 mixer(torch.randn(1, 5, 16, device=DEVICE), torch.randn(1, 5, *values, device=DEVICE), memory)
+    with pytest.raises(ValueError, match="up to 1,048,560 tokens at a time, not 1,048,561"):
+        ValueBank(9, 3, 16, mix="fused").to(DEVICE)(torch.zeros(1, 1048561, dtype=torch.long, device=DEVICE))
     with pytest.raises(RuntimeError, match="contiguous"):
         move_triton.FusedMemory(torch.randn(2, 9, 16, device=DEVICE).transpose(0, 1), torch.zeros(1, 5, dtype=torch.long, device=DEVICE))
     with pytest.raises(ValueError, match="heads of up to 512, not 513"):
@@ -344,6 +355,8 @@ def test_where_the_kernels_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="needs move_triton.py, Triton and a CUDA device"):
         bank(idx)
     assert ValueBank(9, 2, 8, mix="auto")(idx).shape == (1, 3, 2, 8)
+    with pytest.raises(ValueError, match="mix must be 'auto', 'reference' or 'fused', not 'fussed'"):
+        ValueBank(9, 2, 8, mix="fussed")
 
 
 # ------------------------------------------------------------------------------------ what it costs
