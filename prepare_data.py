@@ -203,7 +203,12 @@ def new_folder(folder):
     temporary.chmod(0o755)  # mkdtemp's folders are for their owner only
     try:
         yield temporary
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if folder.exists():
+                raise UserError(f"{folder} was made by another process meanwhile; run again to use it") from None
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -393,7 +398,7 @@ def write_pictures(folder, train, val, classes, n_codes, source, variants=()):
 
 def split_pictures(images, labels):
     """((images, labels) to train, to validate): a tenth of each class is held out, chosen by the hash of its
-    pixels, so that the split is random, does not depend on the order, and no picture is in both."""
+    pixels, so that the split is random, does not depend on the order, and no picture of a class is in both."""
     train, val = [], []
     for label in np.unique(labels):
         unique = {hashlib.sha256(images[i].tobytes()).digest(): i for i in np.flatnonzero(labels == label)}
@@ -686,7 +691,7 @@ def prepare_imagenet(folder):
     path = download(IMAGENET_CODES, downloads / IMAGENET_CODES.rsplit("/")[-1])
     size = path.stat().st_size
     with open(path, "rb") as file, tqdm(total=size, desc="records", unit="B", unit_scale=True, disable=None) as bar, \
-            new_records(folder, IMAGENET_CLASSES, 1024, [16, 16], decoder="maskgit", source=IMAGENET_CODES) as (new, meta, write):
+            new_records(folder, IMAGENET_CLASSES, 1024, [16, 16], decoder="maskgit", source=IMAGENET_CODES) as (new, _, write):
         n, shown = 0, []
         for i, line in enumerate(file):
             n = n or size // len(line)
@@ -723,7 +728,7 @@ def prepare_codes(folder, source):
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); extract it again") from None
 
-    with new_records(folder, IMAGENET_CLASSES, 16384, [16, 16], decoder=None, source=f"LlamaGen codes of {source.name}") as (new, meta, write):
+    with new_records(folder, IMAGENET_CLASSES, 16384, [16, 16], decoder=None, source=f"LlamaGen codes of {source.name}") as (_, _, write):
         for i, name in enumerate(tqdm(names, desc="records", unit=" pictures", disable=None)):
             codes, labels = array("codes", name), array("labels", name)
             label = labels.item() if labels.size == 1 and labels.dtype.kind in "iu" else None

@@ -922,6 +922,29 @@ def test_two_processes_train_as_one(finished, data_dir, tmp_path):
     for key in ("loss", "val_bits_per_byte", "g_0", "g_i"):
         a, b = log_of(finished, key), log_of(tmp_path / "run", key)
         assert list(a) == list(b) and np.allclose(list(a.values()), list(b.values()), rtol=1e-3)
+    process = start(data_dir, tmp_path / "run", "--prompt", "def f", "--max_new_tokens", 3,
+                    prefix=["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"])
+    output, error = process.communicate(timeout=150)
+    assert process.returncode == 0 and output.count("def f") == 1, error
+
+
+def test_two_runs_in_one_folder(data_dir, tmp_path):
+    first = start(data_dir, tmp_path / "run", "--max_steps", 1000)
+    try:
+        assert any(line.startswith("step 0/1000") for line in first.stdout)
+        log = (tmp_path / "run" / "log.jsonl").read_text()
+        fails(train_gpt, command(data_dir, tmp_path / "run", "--seed", 1), "another process trains in .*run; wait for it, or give another")
+        assert (tmp_path / "run" / "log.jsonl").read_text().startswith(log)
+    finally:
+        first.kill()
+        first.communicate()
+    train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1))  # its lock died with it
+
+
+def test_a_run_without_memory_goes_on_whatever_the_bank_would_be(data_dir, tmp_path):
+    train_gpt.main(command(data_dir, tmp_path / "run", "--move_scale", 0, "--bank_dtype", "bfloat16", "--max_steps", 1))
+    train_gpt.main(command(data_dir, tmp_path / "run", "--move_scale", 0, "--bank_dtype", "float32", "--max_steps", 2, "--resume"))
+    train_gpt.main(command(data_dir, tmp_path / "run", "--prompt", "x", "--max_new_tokens", 1))
 
 
 @all_kinds
@@ -1010,6 +1033,7 @@ def test_bad_flags(data_dir, tmp_path):
             (["--seq_len", 1, "--batch_tokens", 4], "--seq_len must be at least 2"), (["--move_scale", 1e300], "--move_scale must"), (["--temperature", -1], "--temperature must be"),
             (["--top_k", 0], "--top_k must be"), (["--top_p", 0], "--top_p must be"), (["--max_new_tokens", 0], "--max_new_tokens must"),
             (["--attention", "mla", "--kv_rank", 3, "--depth", 4], "kv_rank 3 is not a positive multiple"),
+            (["--kv_rank", 4], "--kv_rank is for --attention mla"),
             (["--dataset", "wikipedia"], "there is no data set .*wikipedia; make it with prepare_data.py"),
             (["--resume"], "there is no checkpoint .*checkpoint.pt; train without --resume"),
             (["--prompt", "x"], "there is no checkpoint"),
@@ -1039,9 +1063,13 @@ def test_bad_text(tmp_path, sources):
     assert not list((tmp_path / "data").glob("*")) and not list((tmp_path / "data").glob(".*"))
 
 
-def test_a_data_set_is_never_overwritten(data_dir, sources):
+def test_a_data_set_is_never_overwritten(data_dir, sources, tmp_path):
     before = (data_dir / "small" / "meta.json").read_bytes()
     fails(prepare_data, ["--text", next(sources.iterdir()), "--name", "small", "--data_dir", data_dir], "small is there already")
+    with pytest.raises(prepare_data.UserError, match="made by another process meanwhile; run again"):
+        with prepare_data.new_folder(tmp_path / "new"):
+            (tmp_path / "new" / "of the other").mkdir(parents=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert (data_dir / "small" / "meta.json").read_bytes() == before
 
 

@@ -22,6 +22,11 @@ import sys
 import time
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -65,11 +70,13 @@ def add_training_flags(parser, defaults):
     add(model, "attention", "multi-head or latent attention", choices=["mha", "mla"], default="mha")
     add(model, "kv_rank", "mla: width of the latent (default: half the model's)", type=int)
     add(model, "depth", "layers; the width is 64·depth", type=int)
+    if "sizes" in defaults:
+        add(model, "size", "a model of LlamaGen's size, instead of --depth", choices=defaults["sizes"])
     if "seq_len" in defaults["cuda"]:
         add(model, "seq_len", "tokens of a sequence", type=int)
     training = parser.add_argument_group("training")
     add(training, "batch_tokens", "tokens of an optimizer step, over all micro-batches and GPUs", type=int)
-    add(training, "micro_batch", "sequences in memory at once; less needs less memory and changes nothing else, beside rounding", type=int)
+    add(training, "micro_batch", "sequences in memory at once; for training, less needs less memory and changes nothing else, beside rounding", type=int)
     add(training, "max_steps", "optimizer steps; the learning rate falls over their second half", type=int)
     add(training, "lr_scale", "factor on all learning rates", type=float, default=1.0)
     add(training, "seed", "of the weights, the order of the data and the samples", type=int, default=0)
@@ -117,6 +124,8 @@ def resolve_flags(args, defaults):
         raise UserError(f"--move_scale must be 0 (no memory) or more, up to 10000, not {args.move_scale:g}")
     if args.move_scale == 0:
         args.memory = "none"
+    if args.kv_rank is not None and args.attention != "mla":
+        raise UserError("--kv_rank is for --attention mla")
     if args.lr_scale <= 0 or not math.isfinite(args.lr_scale):
         raise UserError(f"--lr_scale must be more than 0, not {args.lr_scale:g}")
     if args.out_dir is None:
@@ -326,7 +335,7 @@ def load_model(path, identity, args, machine):
     check_same_run(saved["identity"], identity, path)
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{name: value for name, value in saved["identity"].items() if name in fields})
-    model = build(config, args, machine, saved["identity"].get("bank_dtype", "float32"))
+    model = build(config, args, machine, saved["identity"]["bank_dtype"] or "float32")
     model.load_state_dict(saved["model"])
     return model, saved["step"]
 
@@ -412,15 +421,32 @@ class Log:
 
 
 @contextlib.contextmanager
-def stop_signals(machine):
+def only_run(folder, machine):
+    """Makes the folder of a run and keeps other runs out of it. UserError if there is one in it."""
+    with contextlib.ExitStack() as stack:
+        if machine.main:
+            folder.mkdir(parents=True, exist_ok=True)
+        if machine.main and fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                raise UserError(f"another process trains in {folder}; wait for it, or give another --out_dir") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+
+
+@contextlib.contextmanager
+def stop_signals():
     """Yields a list that Ctrl-C and SIGTERM are put into, for the loop to end where its state can be saved.
-    A second Ctrl-C ends the program at once; not under torchrun, whose processes see each one twice."""
+    A second Ctrl-C ends the program at once."""
     stop = []
 
     def on_signal(number, frame):
         stop.append(number)
-        if machine.world == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -467,7 +493,7 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     path = args.out_dir / "checkpoint.pt"
     optimizers = make_optimizers(model, args.lr_scale)
     identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed, "batch_tokens": args.batch_tokens,
-                "lr_scale": args.lr_scale, "bank_dtype": args.bank_dtype}
+                "lr_scale": args.lr_scale, "bank_dtype": None if model.config.memory == "none" else args.bank_dtype}
     first, losses = 0, []  # losses: of the steps since the last line of the log
     if args.resume:
         saved = load_checkpoint(path, machine.device)
@@ -481,10 +507,6 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
         del saved
     elif path.exists():
         raise UserError(f"{args.out_dir} holds a run already; go on with --resume, or give another --out_dir")
-    log = None
-    if machine.main:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        log = Log(args.out_dir / "log.jsonl", first if args.resume else None)
 
     fast_model = torch.compile(model, fullgraph=True) if args.compile else model
     zero_gradients(model)
@@ -493,7 +515,8 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     train_flops = 3 * sum(model.flops_per_token().values())
 
     step, clock_step, clock = first, first, time.time()
-    with stop_signals(machine) as stop:
+    with only_run(args.out_dir, machine), stop_signals() as stop:
+        log = Log(args.out_dir / "log.jsonl", first if args.resume else None) if machine.main else None
         while True:
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
@@ -631,7 +654,7 @@ def run_command(args):
     if args.prompt is not None:
         name = "sha256 of tokenizer.tiktoken"
         model, _ = load_model(path, {name: data_identity[name]}, args, machine)
-        return sample(model, encoding, args.prompt, args, machine)
+        return sample(model, encoding, args.prompt, args, machine) if machine.main else None
 
     lengths = torch.from_numpy(token_bytes(encoding))
     model = make_model(args, machine, data)

@@ -25,22 +25,23 @@ from prepare_data import ArgumentParser, UserError, prepare_digits, run, write_f
 from train_gpt import (add_training_flags, check_batch, load, load_checkpoint, load_model, make_model, memory_advice,
                        resolve_flags, set_up_machine, train)
 
+# LlamaGen's models (arXiv 2406.06525): layers, width, heads.
+SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20), "XXL": (48, 1536, 24)}
 DEFAULTS = {
     "cuda": dict(depth=12, micro_batch=128, max_steps=1000, eval_every=100, eval_tokens=1 << 22, save_every=500,
                  dtype="bfloat16", bank_dtype="bfloat16", compile=True),
     "cpu": dict(depth=2, micro_batch=64, max_steps=400, eval_every=100, eval_tokens=1 << 22, save_every=200,
                 dtype="float32", bank_dtype="float32", compile=False),
-    "dataset": "digits", "temperature": 1.0, "top_k": None,
+    "dataset": "digits", "temperature": 1.0, "top_k": None, "sizes": SIZES,
 }
-# LlamaGen's models (arXiv 2406.06525): layers, width, heads.
-SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20), "XXL": (48, 1536, 24)}
 
 
 class ImageRecords:
     """Records (N, 1 + n) as what a GPT reads and what follows: records[(B,) visits] → ids [class, code_1 … code_n-1]
     and targets [code_1 … code_n], int64 (B, n) each. Visits: see DataOrder.
 
-    empty: the id of the empty class, which stands for the class at every tenth visit, evenly spread.
+    empty: the id of the empty class, which stands for the class of a tenth of the records, evenly spread; in each
+    epoch of others, so that in ten epochs it is each one's once.
     """
 
     def __init__(self, tokens, n, empty=None):
@@ -50,9 +51,10 @@ class ImageRecords:
         return len(self.rows)
 
     def __getitem__(self, visits):
-        rows = torch.from_numpy(self.rows[visits % len(self)].astype(np.int64))
-        if self.empty is not None:  # multiples of the golden ratio fill [0, 1) evenly, whatever steps the visits make
-            rows[torch.from_numpy(visits * 0.6180339887498949 % 1 < 0.1), 0] = self.empty
+        epoch, record = np.divmod(visits, len(self))
+        rows = torch.from_numpy(self.rows[record].astype(np.int64))
+        if self.empty is not None:  # multiples of the golden ratio fill [0, 1) evenly, also those of every second record, and so on
+            rows[torch.from_numpy((record * 0.6180339887498949 + epoch / 10) % 1 < 0.1), 0] = self.empty
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -114,7 +116,6 @@ def save_many(step, model, data, args, machine):
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sampling = add_training_flags(parser, DEFAULTS)
-    sampling.add_argument("--size", choices=SIZES, help="a model of LlamaGen's size, instead of --depth")
     sampling.add_argument("--cfg_scale", type=float, default=1.5, help="guidance towards the class; 1: none (default: %(default)s)")
     sampling.add_argument("--sample", action="store_true", help="do not train: draw samples_<step>.png of the run in --out_dir")
     sampling.add_argument("--save_npz", type=int, metavar="N", help="do not train: draw N pictures into samples_<step>.npz")
@@ -142,9 +143,9 @@ def run_command(args):
     args.seq_len = data.meta["grid"][0] * data.meta["grid"][1]
     if drawing:
         model, step = load_model(path, data.identity(), args, machine)
-        if args.sample:
+        if args.sample and machine.main:
             save_samples(step, model, data, args, machine)
-        if args.save_npz:
+        if args.save_npz and machine.main:
             save_many(step, model, data, args, machine)
         return
 
