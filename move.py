@@ -17,13 +17,13 @@ attention (MLA), and a GPT whose layers share one bank. `ValueBank` and `ValueMi
 another model needs. This file needs torch only and can be copied alone; with move_triton.py beside it, a CUDA device
 mixes by that file's kernels, which compute the same without ever writing M_t down (`mix="auto"`).
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     if __package__:
@@ -106,7 +106,7 @@ class ValueBank(nn.Module):
         the model is compiled, each forward pass is then followed by its backward pass. Setting weight.grad to None ends it."""
         if self.fused and self.weight.requires_grad:
             kept = self.gradient
-            fits = kept is not None and (kept.dtype, kept.device) == (self.weight.dtype, self.weight.device)
+            fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (self.weight.shape, self.weight.dtype, self.weight.device)
             self.gradient = self.weight.grad = kept.zero_() if fits else torch.zeros_like(self.weight)
 
 
@@ -477,8 +477,15 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
-# All but cuDNN's attention, which plans anew for every length of the cache.
-DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """For decoding: cuDNN's attention makes a plan, of 20 ms on an H200, for every length of the cache."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -575,7 +582,7 @@ class GPT(nn.Module):
             idx = torch.cat((idx, idx_without))
         cache = self.new_cache(idx.size(0), T + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            with sdpa_kernel(DECODING):
+            with without_cudnn_attention():
                 logits = self(idx, cache=cache)[:, -1, :n_ids]
             if guided:
                 logits, without = logits.chunk(2)

@@ -207,7 +207,7 @@ def new_folder(folder):
             temporary.rename(folder)
         except OSError:
             if folder.exists():
-                raise UserError(f"{folder} was made by another process meanwhile; run again to use it") from None
+                raise UserError(f"{folder} was made by another process meanwhile; it can be used") from None
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -324,6 +324,10 @@ def test_generation_leaves_out_the_attention_that_plans_anew_for_each_length():
     next(tokens), next(tokens)
     assert before and on == [False, False]
     assert torch.backends.cuda.cudnn_sdp_enabled()  # between two tokens the caller's setting holds
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # and what the caller turned off stays off
+        model.register_forward_pre_hook(lambda *_: on.append(torch.backends.cuda.flash_sdp_enabled()))
+        next(tokens)
+    assert on[2:] == [False, False]
 
 
 def test_top_k_draws_only_among_the_likeliest():
@@ -1066,7 +1070,7 @@ def test_bad_text(tmp_path, sources):
 def test_a_data_set_is_never_overwritten(data_dir, sources, tmp_path):
     before = (data_dir / "small" / "meta.json").read_bytes()
     fails(prepare_data, ["--text", next(sources.iterdir()), "--name", "small", "--data_dir", data_dir], "small is there already")
-    with pytest.raises(prepare_data.UserError, match="made by another process meanwhile; run again"):
+    with pytest.raises(prepare_data.UserError, match="made by another process meanwhile; it can be used"):
         with prepare_data.new_folder(tmp_path / "new"):
             (tmp_path / "new" / "of the other").mkdir(parents=True)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -335,7 +335,7 @@ def load_model(path, identity, args, machine):
     check_same_run(saved["identity"], identity, path)
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     config = GPTConfig(**{name: value for name, value in saved["identity"].items() if name in fields})
-    model = build(config, args, machine, saved["identity"]["bank_dtype"] or "float32")
+    model = build(config, args, machine, saved["identity"].get("bank_dtype", "float32"))  # there may be no bank
     model.load_state_dict(saved["model"])
     return model, saved["step"]
 
@@ -422,19 +422,21 @@ class Log:
 
 @contextlib.contextmanager
 def only_run(folder, machine):
-    """Makes the folder of a run and keeps other runs out of it. UserError if there is one in it."""
+    """Makes the folder of a run and keeps other runs out of it. UserError, in all processes, if there is one in it."""
     with contextlib.ExitStack() as stack:
+        taken = False
         if machine.main:
             folder.mkdir(parents=True, exist_ok=True)
         if machine.main and fcntl:
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
+            file = stack.enter_context(open(folder / "lock", "w"))
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
             except BlockingIOError:
-                raise UserError(f"another process trains in {folder}; wait for it, or give another --out_dir") from None
+                taken = True
             except OSError:  # a file system without locks
                 pass
+        if machine.sum([taken])[0]:
+            raise UserError(f"another process trains in {folder}; wait for it, or give another --out_dir")
         yield
 
 
@@ -490,33 +492,33 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
     after_save: called with the step after each checkpoint, in one process, for a look at what has been learned.
     KeyboardInterrupt if Ctrl-C or SIGTERM stopped it; the state is saved then.
     """
-    path = args.out_dir / "checkpoint.pt"
-    optimizers = make_optimizers(model, args.lr_scale)
-    identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed, "batch_tokens": args.batch_tokens,
-                "lr_scale": args.lr_scale, "bank_dtype": None if model.config.memory == "none" else args.bank_dtype}
-    first, losses = 0, []  # losses: of the steps since the last line of the log
-    if args.resume:
-        saved = load_checkpoint(path, machine.device)
-        check_same_run(saved["identity"], identity, path)
-        first, losses = saved["step"], saved["losses"]
-        if first >= args.max_steps:
-            raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample from it")
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        del saved
-    elif path.exists():
-        raise UserError(f"{args.out_dir} holds a run already; go on with --resume, or give another --out_dir")
-
-    fast_model = torch.compile(model, fullgraph=True) if args.compile else model
-    zero_gradients(model)
-    order = DataOrder(len(train_set), args.batch_tokens // args.seq_len, args.seed)
-    n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
-    train_flops = 3 * sum(model.flops_per_token().values())
-
-    step, clock_step, clock = first, first, time.time()
     with only_run(args.out_dir, machine), stop_signals() as stop:
+        path = args.out_dir / "checkpoint.pt"
+        optimizers = make_optimizers(model, args.lr_scale)
+        identity = {**dataclasses.asdict(model.config), **data_identity, "seed": args.seed, "batch_tokens": args.batch_tokens,
+                    "lr_scale": args.lr_scale, **({} if model.config.memory == "none" else {"bank_dtype": args.bank_dtype})}
+        first, losses = 0, []  # losses: of the steps since the last line of the log
+        if args.resume:
+            saved = load_checkpoint(path, machine.device)
+            check_same_run(saved["identity"], identity, path)
+            first, losses = saved["step"], saved["losses"]
+            if first >= args.max_steps:
+                raise UserError(f"{path} has done its {first} steps; raise --max_steps to go on, or sample from it")
+            model.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+            del saved
+        elif path.exists():
+            raise UserError(f"{args.out_dir} holds a run already; go on with --resume, or give another --out_dir")
         log = Log(args.out_dir / "log.jsonl", first if args.resume else None) if machine.main else None
+
+        fast_model = torch.compile(model, fullgraph=True) if args.compile else model
+        zero_gradients(model)
+        order = DataOrder(len(train_set), args.batch_tokens // args.seq_len, args.seed)
+        n_eval = min(len(val_set), max(1, args.eval_tokens // args.seq_len))
+        train_flops = 3 * sum(model.flops_per_token().values())
+
+        step, clock_step, clock = first, first, time.time()
         while True:
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
@@ -575,9 +577,9 @@ def train(args, machine, model, train_set, val_set, count_units, unit, data_iden
                 optimizer.step()
             zero_gradients(model)
             step += 1
-    if machine.main and machine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(machine.device)
-        log(f"peak memory {peak / 2**30:.1f} GiB", step=step, peak_memory_bytes=peak)
+        if machine.main and machine.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(machine.device)
+            log(f"peak memory {peak / 2**30:.1f} GiB", step=step, peak_memory_bytes=peak)
     if not done:
         raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
 
@@ -592,8 +594,8 @@ def memory_advice(args):
         if not isinstance(error, MemoryError) and not any(
                 words in said for words in ("out of memory", "allocate memory", "alloc_failed")):
             raise
-        raise UserError(f"out of memory with --micro_batch {args.micro_batch} of {args.seq_len} tokens; lower --micro_batch "
-                        "(which changes nothing else), then --move_scale, then the model's size") from None
+        raise UserError(f"out of memory with --micro_batch {args.micro_batch} of {args.seq_len} tokens; lower --micro_batch, "
+                        "then --move_scale, then the model's size") from None
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -654,7 +656,9 @@ def run_command(args):
     if args.prompt is not None:
         name = "sha256 of tokenizer.tiktoken"
         model, _ = load_model(path, {name: data_identity[name]}, args, machine)
-        return sample(model, encoding, args.prompt, args, machine) if machine.main else None
+        if machine.main:
+            sample(model, encoding, args.prompt, args, machine)
+        return
 
     lengths = torch.from_numpy(token_bytes(encoding))
     model = make_model(args, machine, data)

@@ -54,7 +54,7 @@ class ImageRecords:
         epoch, record = np.divmod(visits, len(self))
         rows = torch.from_numpy(self.rows[record].astype(np.int64))
         if self.empty is not None:  # multiples of the golden ratio fill [0, 1) evenly, also those of every second record, and so on
-            rows[torch.from_numpy((record * 0.6180339887498949 + epoch / 10) % 1 < 0.1), 0] = self.empty
+            rows[torch.from_numpy((record * 0.6180339887498949 + epoch % 10 / 10) % 1 < 0.1), 0] = self.empty
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
