@@ -259,7 +259,10 @@ def train_tokenizer(documents, vocab_size, sample=32_000_000):
 
     print(f"learning a vocabulary of {vocab_size:,} tokens", flush=True)
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(head(), vocab_size - 1, pattern=PATTERN)
+    try:
+        bpe.train_from_iterator(head(), vocab_size - 1, pattern=PATTERN)
+    except SystemError as error:  # what becomes of a Ctrl-C in there
+        raise error.__cause__ or error
     return make_encoding({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}, PATTERN)
 
 
@@ -761,7 +764,10 @@ def main(argv=None):
         raise UserError(f"name one data set ({', '.join(DATASETS)}) or give one of --text FILE..., --images DIR, --codes DIR")
     if not 2 <= args.codebook_size <= 65000:
         raise UserError(f"--codebook_size must be from 2 to 65000, not {args.codebook_size}")
-    folder = args.data_dir / (args.name or given[0])
+    name = given[0] if args.name is None else args.name
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--name must be the name of a folder in {args.data_dir}, not {name!r}")
+    folder = args.data_dir / name
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
     {

@@ -1047,6 +1047,7 @@ def test_bad_flags(data_dir, tmp_path):
     for flags, message in [
             ([], "name one data set"), (["wikipedia"], "invalid choice: 'wikipedia'"), (["python", "--text", "x"], "name one"), (["--images", "x", "--codes", "x"], "name one"),
             (["--text", tmp_path / "missing.txt"], "missing.txt"), (["python", "--vocab_size", 70000], "65536"),
+            (["python", "--name", "../x"], "--name must be the name of a folder in .*data, not '../x'"), (["python", "--name", ""], "not ''"),
             (["fineweb_edu", "--shards", 0], "--shards must be from 1 to 1001")]:
         fails(prepare_data, [*flags, "--data_dir", tmp_path / "data"], message)
         assert not (tmp_path / "data").exists()
@@ -1065,6 +1066,15 @@ def test_bad_text(tmp_path, sources):
     fails(prepare_data, ["--text", tmp_path / "latin.txt", "--name", "x", "--data_dir", tmp_path / "data", "--vocab_size", 3],
           "latin.txt is not UTF-8")
     assert not list((tmp_path / "data").glob("*")) and not list((tmp_path / "data").glob(".*"))
+
+
+def test_ctrl_c_while_the_data_set_is_made(tmp_path):
+    process = subprocess.Popen([sys.executable, str(HERE / "train_gpt.py"), "--device", "cpu", "--data_dir", str(tmp_path / "data")],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line.startswith("learning a vocabulary") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "interrupted\n" and process.returncode == 130
+    assert not list(tmp_path.glob("data/*"))
 
 
 def test_a_data_set_is_never_overwritten(data_dir, sources, tmp_path):

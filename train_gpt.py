@@ -606,7 +606,11 @@ def load(args, machine, kind, default, prepare):
     folder = args.data_dir / args.dataset
     if args.dataset == default and not folder.exists() and machine.main:
         print(f"making the data set {folder}, once", flush=True)
-        prepare(folder)
+        try:
+            prepare(folder)
+        except UserError:
+            if not folder.exists():  # else another process was faster
+                raise
     machine.sum([0])  # the other processes wait here
     data = load_dataset(folder)
     if data.meta["kind"] != kind:
