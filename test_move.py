@@ -1197,5 +1197,5 @@ def test_a_full_disk(finished, data_dir, sources, tmp_path):
     result = limited(100, "train_gpt.py", command(data_dir, tmp_path / "run", "--resume", "--max_steps", 26))
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert re.search("cannot write checkpoint .*the one before is kept; make room and --resume", result.stderr)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "lock", "log.jsonl"]
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before

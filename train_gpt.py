@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train_gpt.py ...          the same run on several GPUs
 
 The script reads from the bottom: `main` prepares data and model, `train` is the one training loop.
-A run lives in out/<run>/: checkpoint.pt, and log.jsonl with one JSON object a line.
+A run lives in out/<run>/: checkpoint.pt, log.jsonl with one JSON object a line, and an empty lock.
 """
 import argparse
 import codecs
