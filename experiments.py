@@ -1,7 +1,9 @@
-"""Measurements and checks, as commands anyone can run.
+"""Measurements and checks, as commands that anyone can run.
 
-    python experiments.py digits out/<run>/samples_<step>.npz    are generated digits the digits that were asked for?
-    python experiments.py overhead                               what does the memory cost on the clock? On a CUDA GPU
+    python experiments.py curves out/<run> out/<run>             losses and gates of several runs in one chart
+    python experiments.py words out/<run>                        does a run write words, and words of its own?
+    python experiments.py digits out/<run>/samples_<step>.npz    are generated digits what was asked for?
+    python experiments.py overhead                               what the memory costs on the clock (CUDA GPU)
 """
 import argparse
 import gc
@@ -16,9 +18,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from move import GPT, GPTConfig
-from prepare_data import ArgumentParser, UserError, load_dataset, load_digits, run, split_pictures, write_file
-from train_gpt import make_optimizers, zero_gradients
+from move import GPT, GPTConfig, ValueBank
+from optimizers import make_optimizers
+from prepare_data import ArgumentParser, UserError, load_dataset, load_digits, run, split_images, write_file
+from run_folder import draw_curves, read_checkpoint
+from train_gpt import load_run
 
 
 def read_samples(path):
@@ -29,18 +33,19 @@ def read_samples(path):
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no file of train_image.py --save_npz ({error})") from None
     if images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8 or classes.shape != images.shape[:1]:
-        raise UserError(f"{path} has pictures of shape {images.shape[1:]}, expected digits of (8, 8, 3)")
+        raise UserError(f"{path} has images of shape {images.shape[1:]}, expected digits of (8, 8, 3)")
     return images, classes
 
 
 def digits(path, seed=0, steps=600):
-    """Trains a small convolutional network on the real training scans, says how many of the real held-out scans it
-    gets right, and how many generated digits it takes for the class that was asked for; and whether they are copies."""
+    """Trains a small convolutional network on the real training scans; prints how many of the real held-out
+    scans it gets right, how many generated digits it takes for the class that was asked for, and whether
+    these are copies."""
     generated, asked = read_samples(path)
-    (train, labels), (held_out, held_out_labels) = split_pictures(*load_digits())
+    (train, labels), (held_out, held_out_labels) = split_images(*load_digits())
     torch.manual_seed(seed)
-    network = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                            nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10))
+    network = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1),
+                            nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
 
     def pixels(images):
@@ -58,70 +63,98 @@ def digits(path, seed=0, steps=600):
     def agree(images, classes):
         return (network(pixels(images)).argmax(1) == torch.from_numpy(classes)).float()
 
-    print(f"real scans, held out: {agree(held_out, held_out_labels).mean():.1%} of {len(held_out)} are classified right")
+    print(f"real scans, held out: {agree(held_out, held_out_labels).mean():.1%} of {len(held_out)} are right")
     right = agree(generated, asked)
-    print(f"generated digits: {right.mean():.1%} of {len(generated)} are classified as what was asked for; by class "
+    print(f"generated digits: {right.mean():.1%} of {len(generated)} are what was asked for; by class "
           + " ".join(f"{right[torch.from_numpy(asked) == c].mean():.0%}" for c in np.unique(asked)))
 
-    def copied(images):  # root mean squared difference to the nearest training scan, in gray levels of 256
+    def distance(images):  # root mean squared difference to the nearest training scan, in gray levels of 256
         return torch.cdist(pixels(images).flatten(1), x.flatten(1)).min(1).values.mean() * 255 / 8
 
-    print(f"from the nearest training scan they differ by {copied(generated):.0f} gray levels, held-out scans by {copied(held_out):.0f}")
+    print(f"from the nearest training scan they differ by {distance(generated):.0f} gray levels, held-out "
+          f"scans by {distance(held_out):.0f}")
 
 
 # --------------------------------------------------------------------------------------- overhead
 
-VARIANTS = ["standard", "lave-x1", "move-x1", "move-x4", "move-x8", "move-x1-reference", "move-x4-reference", "move-x8-reference"]
+VARIANTS = ["standard", "lave-x1", "move-x1", "move-x4", "move-x8",
+            "move-x1-reference", "move-x4-reference", "move-x8-reference"]
 MICRO_BATCHES = 4  # of an optimizer step
 
 
 class Variant:
-    """One model that is measured: standard, lave-x<scale>, move-x<scale> or move-x<scale>-reference. UserError for others."""
+    """One model that is measured: standard, lave-x<scale>, move-x<scale> or move-x<scale>-reference.
+    UserError for another name."""
 
     def __init__(self, name, args, vocab_size):
         if not (match := re.fullmatch(r"standard|(lave|move)-x(\d+(?:\.\d+)?)(-reference)?", name)):
-            raise UserError(f"--variants: {name} is none; there are standard, lave-x<scale>, move-x<scale>, move-x<scale>-reference")
+            raise UserError(f"--variants: {name} is unknown; there are standard, lave-x<scale>, "
+                            "move-x<scale> and move-x<scale>-reference")
         memory, scale, reference = match.groups()
         try:
-            config = GPTConfig.from_depth(args.depth, float(scale or 0), vocab_size=vocab_size, seq_len=args.seq_len, memory=memory or "none")
+            config = GPTConfig.from_depth(args.depth, float(scale or 0), vocab_size=vocab_size,
+                                          seq_len=args.seq_len, memory=memory or "none")
         except ValueError as error:
             raise UserError(error) from None
+        from move_fast import accelerate, zero_grad  # needs Triton
         torch.manual_seed(0)
         self.name, self.before = name, torch.cuda.memory_allocated()  # bytes of the variants before this one
-        self.model = GPT(config, torch.bfloat16, "reference" if reference else "auto")
-        self.model.banks.to(getattr(torch, args.bank_dtype))
+        self.model = GPT(config, torch.bfloat16)
+        for bank in self.banks():
+            bank.to(getattr(torch, args.bank_dtype))
         self.model.to("cuda")
-        self.optimizers = make_optimizers(self.model, 1.0)
+        if not reference:
+            accelerate(self.model)
+        self.zero_grad = nn.Module.zero_grad if reference else zero_grad
+        self.optimizers = make_optimizers(self.model)
         self.compiled = torch.compile(self.model, fullgraph=True)
-        zero_gradients(self.model)
+        self.zero_grad(self.model)
         self.forward_backward, self.step_ms, self.losses, self.peak = [], [], [], 0
 
+    def banks(self):
+        return [module for module in self.model.modules() if isinstance(module, ValueBank)]
+
     def step(self, batches):
-        """An optimizer step; its times in ms: of forward and backward of a micro-batch, and of the optimizers, which
-        includes that gradients are set to zero, or dropped."""
+        """An optimizer step; its times in ms: of forward and backward of a micro-batch, and of the
+        optimizers, with zero_grad."""
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         for i, (idx, targets) in enumerate([batches[-1], *batches]):
-            if i == 1:  # the first one is not timed: it keeps the GPU at work while the CPU gets ahead, as in training
+            if i == 1:  # the first one is not timed: it keeps the GPU busy while the CPU gets ahead
                 start.record()
             loss = self.compiled(idx, targets)
             loss.backward()
         middle.record()
         for optimizer in self.optimizers:
             optimizer.step()
-        zero_gradients(self.model)
+        self.zero_grad(self.model)
         end.record()
         self.losses.append(loss.item())
         return start.elapsed_time(middle) / len(batches), middle.elapsed_time(end)
 
     def bank_bytes(self):
         """Of the memory's parameters, gradients and optimizer state."""
-        return sum(4 * p.numel() * p.element_size() for p in self.model.banks.parameters())
+        return sum(4 * bank.weight.numel() * bank.weight.element_size() for bank in self.banks())
+
+
+def token_ids(args):
+    """(ids (n,) int64 on the GPU, vocabulary) of one step: of --dataset, or drawn from a 1/rank law."""
+    length = args.tokens * MICRO_BATCHES + 1
+    if args.dataset:
+        data = load_dataset(args.data_dir / args.dataset)
+        vocab_size, ids = -64 * (-data.meta["vocab_size"] // 64), data.train[:length].astype(np.int64)
+        if len(ids) < length:
+            raise UserError(f"{data.folder} has {len(ids)} training tokens, not {length}; lower --tokens")
+    else:
+        rng, vocab_size = np.random.default_rng(0), args.vocab_size
+        law = 1 / np.arange(1, vocab_size + 1)
+        ids = rng.permutation(vocab_size)[rng.choice(vocab_size, length, p=law / law.sum())]
+    return torch.from_numpy(ids).to("cuda"), vocab_size
 
 
 def overhead(args):
-    """Times training steps of the variants in turn, round after round, and prints each beside the first of them:
-    median and spread (from the smallest to the largest) of all rounds. The ids are those of --dataset or, by default,
-    drawn from a 1/rank law. The last figure of memory is without the bank's own parameters, gradients and optimizer state."""
+    """Times training steps of the variants in turn, round after round, and prints each beside the first
+    one: median and spread (smallest to largest) of all rounds. The last figure of GPU memory is without
+    the bank's own parameters, gradients and optimizer state."""
     for flag in ("tokens", "seq_len", "vocab_size", "rounds"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -130,22 +163,13 @@ def overhead(args):
     if not torch.cuda.is_available():
         raise UserError("overhead measures a CUDA device, and there is none that PyTorch can use")
     torch.set_float32_matmul_precision("high")
-    rng = np.random.default_rng(0)
-    vocab_size, length = args.vocab_size, args.tokens * MICRO_BATCHES + 1
-    if args.dataset:
-        data = load_dataset(args.data_dir / args.dataset)
-        vocab_size, ids = -64 * (-data.meta["vocab_size"] // 64), data.train[:length].astype(np.int64)
-        if len(ids) < length:
-            raise UserError(f"{data.folder} has {len(ids)} tokens to train, overhead needs {length}; lower --tokens")
-    else:
-        law = 1 / np.arange(1, vocab_size + 1)
-        ids = rng.permutation(vocab_size)[rng.choice(vocab_size, length, p=law / law.sum())]
-    ids = torch.from_numpy(ids).to("cuda")
-    batches = [tuple(ids[shift:][i * args.tokens:(i + 1) * args.tokens].view(-1, args.seq_len) for shift in (0, 1))
-               for i in range(MICRO_BATCHES)]
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {vocab_size:,}, bank in "
-          f"{args.bank_dtype}, {args.tokens:,} tokens a micro-batch with {len(batches[0][0].unique()):,} different ids, "
-          f"{MICRO_BATCHES} micro-batches a step, {args.rounds} rounds", flush=True)
+    ids, vocab_size = token_ids(args)
+    batches = [tuple(ids[shift:][i * args.tokens:(i + 1) * args.tokens].view(-1, args.seq_len)
+                     for shift in (0, 1)) for i in range(MICRO_BATCHES)]
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary "
+          f"{vocab_size:,}, bank in {args.bank_dtype}, {args.tokens:,} tokens a micro-batch with "
+          f"{len(batches[0][0].unique()):,} different ids, {MICRO_BATCHES} micro-batches a step, "
+          f"{args.rounds} rounds", flush=True)
 
     variants = []
     for name in args.variants:
@@ -161,7 +185,7 @@ def overhead(args):
             print(f"{name}: ready after {time.time() - start:.0f} s", flush=True)
         except torch.OutOfMemoryError:
             if not variants:
-                raise UserError(f"out of memory with {name}, which the others are compared with; lower --tokens") from None
+                raise UserError(f"out of memory with {name}, the first variant; lower --tokens") from None
             print(f"{name}: out of memory", flush=True)
             del variant
             gc.collect()
@@ -172,28 +196,32 @@ def overhead(args):
             variant.forward_backward.append(times[0]), variant.step_ms.append(times[1])
 
     base, rows = variants[0], []
-    print(f"variant, forward+backward in ms and over {base.name}, optimizers in ms, tokens/s, peak GiB and over {base.name} without "
-          "the bank's own, loss of the first and of the last micro-batch")
+    print(f"variant, forward+backward in ms and over {base.name}, optimizers in ms, tokens/s, peak GiB and "
+          f"over {base.name} without the bank's own, loss of the first and of the last micro-batch")
     for v in variants:
         ms, step_ms = np.median(v.forward_backward), np.median(v.step_ms)
         ratios = np.array(v.forward_backward) / np.array(base.forward_backward)  # round by round
+        middle, low, high = (f(ratios) - 1 for f in (np.median, np.min, np.max))
         speed = args.tokens * MICRO_BATCHES / (MICRO_BATCHES * ms + step_ms) * 1000
         extra = (v.peak - v.bank_bytes()) - (base.peak - base.bank_bytes())
-        rows.append((v.name, np.median(ratios) - 1, ratios.min() - 1, ratios.max() - 1))
-        print(f"{v.name:20} {ms:6.2f} ({min(v.forward_backward):6.2f} to {max(v.forward_backward):6.2f})  {rows[-1][1]:+6.1%} "
-              f"({ratios.min() - 1:+.1%} to {ratios.max() - 1:+.1%})  {step_ms:6.1f}  {speed:9,.0f}  {v.peak / 2**30:6.2f}  {extra / 2**30:+6.2f}  {v.losses[0]:6.3f} to {v.losses[-1]:.3f}", flush=True)
+        rows.append((v.name, middle, low, high))
+        print(f"{v.name:20} {ms:6.2f} ({min(v.forward_backward):6.2f} to {max(v.forward_backward):6.2f})  "
+              f"{middle:+6.1%} ({low:+.1%} to {high:+.1%})  {step_ms:6.1f}  {speed:9,.0f}  "
+              f"{v.peak / 2**30:6.2f}  {extra / 2**30:+6.2f}  {v.losses[0]:6.3f} to {v.losses[-1]:.3f}",
+              flush=True)
     if len(rows) > 1:
-        chart(rows, args.out)
+        draw_overhead(rows, args.out)
 
 
-def chart(rows, path):
-    """A bar for each variant but the first: how much longer its forward and backward take. rows: (name, median, smallest,
-    largest)."""
-    names, middle, low, high = zip(*rows[1:])
+def draw_overhead(rows, path):
+    """A bar for each variant but the first: how much longer its forward and backward take. rows: (name,
+    median, smallest, largest)."""
+    names, middle, low, high = zip(*rows[1:], strict=True)
     middle, low, high = (100 * np.array(x) for x in (middle, low, high))
     figure = Figure(figsize=(7, 0.5 * len(names) + 1), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(names, middle, xerr=(middle - low, high - middle), color=["#999" if "reference" in n else "#36c" for n in names])
+    colors = ["#999" if "reference" in name else "#36c" for name in names]
+    bars = axes.barh(names, middle, xerr=(middle - low, high - middle), color=colors)
     axes.bar_label(bars, fmt="%+.1f %%", padding=4)
     axes.margins(x=0.25)
     axes.invert_yaxis()
@@ -202,27 +230,76 @@ def chart(rows, path):
     print(f"wrote {path}")
 
 
+# ------------------------------------------------------------------------------------------ writing
+
+
+def copied(text, source, length):
+    """The first run of `length` characters of the text that stands in the source, or None."""
+    runs = (text[i:i + length] for i in range(len(text) - length + 1))
+    return next((run for run in runs if run in source), None)
+
+
+def words(args):
+    """Lets a run of text write with several seeds, at its default temperature; prints how many of the words
+    are words of its training text, and whether it copies 60 characters in a row."""
+    model, tokenizer = load_run(args.run)
+    flags = read_checkpoint(args.run)["flags"]
+    data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])
+    source = tokenizer.decode(data.train.tolist())
+    vocabulary, total, known = set(re.findall(r"[A-Za-z']+", source.lower())), 0, 0
+    for seed in range(args.seeds):
+        generator, text = torch.Generator().manual_seed(seed), ""
+        while len(re.findall(r"[A-Za-z']+", text)) < args.words:
+            prompt = torch.tensor([[tokenizer.eot_token]])
+            ids = model.generate(prompt, model.config.seq_len, temperature=flags["temperature"],
+                                 top_k=flags["top_k"], n_ids=tokenizer.n_vocab, generator=generator)
+            text += tokenizer.decode([id.item() for id in ids if id.item() != tokenizer.eot_token]) + "\n"
+        found = [word in vocabulary for word in re.findall(r"[A-Za-z']+", text.lower())]
+        total, known = total + len(found), known + sum(found)
+        copy = copied(text, source, 60)
+        print(f"seed {seed}: {len(found)} words, {sum(found) / len(found):.1%} of them in the training text; "
+              + (f"copies {copy!r}" if copy else "copies no 60 characters"), flush=True)
+    print(f"all: {total} words, {known / total:.1%} of them in the training text")
+
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="experiment", required=True)
-    command = commands.add_parser("digits", description=digits.__doc__)
-    command.add_argument("samples", type=Path, help="the .npz file of train_image.py --save_npz")
-    command = commands.add_parser("overhead", description=overhead.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("--variants", nargs="+", default=VARIANTS, help="the first is what the others are compared with")
-    command.add_argument("--tokens", type=int, default=32768, help="of a micro-batch")
-    command.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
-    command.add_argument("--depth", type=int, default=12, help="layers; the width is 64 times that")
-    command.add_argument("--bank_dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the memory")
-    command.add_argument("--vocab_size", type=int, default=50304, help="where ids are drawn")
-    command.add_argument("--dataset", help="take the ids of this data set of text")
-    command.add_argument("--data_dir", type=Path, default=Path("data"), help="where the data sets are")
-    command.add_argument("--rounds", type=int, default=10, help="measured steps of each variant")
-    command.add_argument("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
+
+    def command(function, name=None):
+        name = name or function.__name__
+        sub = commands.add_parser(name, description=function.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        return sub.add_argument
+
+    add = command(draw_curves, "curves")
+    add("runs", type=Path, nargs="+", help="folders of runs")
+    add("--out", type=Path, default=Path("curves.png"), help="the chart")
+    add = command(words)
+    add("run", type=Path, help="the folder of a run of text")
+    add("--seeds", type=int, default=5, help="texts to write")
+    add("--words", type=int, default=2000, help="of each text, at least")
+    add = command(digits)
+    add("samples", type=Path, help="the .npz file of train_image.py --save_npz")
+    add = command(overhead)
+    add("--variants", nargs="+", default=VARIANTS, help="the first is what the others are compared with")
+    add("--tokens", type=int, default=32768, help="of a micro-batch")
+    add("--seq_len", type=int, default=2048, help="tokens of a sequence")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--bank_dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the memory")
+    add("--vocab_size", type=int, default=50304, help="where ids are drawn")
+    add("--dataset", help="take the ids of this data set of text")
+    add("--data_dir", type=Path, default=Path("data"), help="where the data sets are")
+    add("--rounds", type=int, default=10, help="measured steps of each variant")
+    add("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
     args = parser.parse_args(argv)
-    if args.experiment == "digits":
+    if args.experiment == "curves":
+        draw_curves(args.runs, args.out)
+        print(f"wrote {args.out}")
+    elif args.experiment == "digits":
         digits(args.samples)
     else:
-        overhead(args)
+        dict(words=words, overhead=overhead)[args.experiment](args)
 
 
 if __name__ == "__main__":

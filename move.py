@@ -1,23 +1,22 @@
-"""MoVE: Mixture of Value Embeddings (arXiv 2601.22887). A memory that grows without the compute.
+"""MoVE: Mixture of Value Embeddings (arXiv 2601.22887), a memory that grows without the compute.
 
 One bank E of learned value embeddings, indexed by token id, is shared by all attention layers.
-Each layer's router decides, per head, how much of the ordinary value and of each slot to use:
+In each layer a router looks at the context and decides, per head, how much of the ordinary value
+and of each memory slot to use:
 
     M_t = E[w_t]                              the memory of token t: an index, no product     (1)
-    g   = 2 σ(x W_G)                          the gates, in (0, 2), exactly 1 at the start    (2)
+    g   = 2 σ(x W_G)                          gates in (0, 2), all exactly 1 at the start     (2)
     V_S = g_0 ⊙ V + Σ_{i=1..M} g_i ⊙ M_i      the values that attention sees, V = x W_V       (3)
 
-Shapes, everywhere in this file
-    B  batch            T  tokens in a sequence        V  vocabulary (where it is a size)
-    L  layers           d  model width                 H  heads            d_h = d / H
-    M  memory slots a token                            S  tokens attended to, S ≥ T with a cache
+Shapes in this file
+    B  batch        T  tokens in a sequence        S  tokens attended to: T, or more with a cache
+    V  vocabulary (as a size)     L  layers     d  model width     H  heads     d_h = d / H
+    M  memory slots of a token
 
-Top to bottom: the bank (1), the mix (3), the router (2), a KV cache, multi-head attention, latent
-attention (MLA), and a GPT whose layers share one bank. `ValueBank` and `ValueMixer` are what
-another model needs. This file needs torch only and can be copied alone; with move_triton.py beside it, a CUDA device
-mixes by that file's kernels, which compute the same without ever writing M_t down (`mix="auto"`).
+The file reads top to bottom: the bank (1), the mix (3) and the router (2); then what a transformer
+needs besides; then a GPT whose layers share one bank. It needs torch and nothing else: copy it.
+`ValueBank` and `ValueMixer` are the two parts that another model needs.
 """
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -25,20 +24,88 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    if __package__:
-        from . import move_triton
-    else:
-        import move_triton
-except (ImportError, AttributeError):  # it is not here, or there is no Triton, or an old one: the reference does it all
-    move_triton = None
+# ----------------------------------------------------------------------------------- the memory
+
+
+class ValueBank(nn.Module):
+    """Equation 1. The bank E, `weight` (V, M, d), one per model, read by all its attention layers.
+
+    bank(idx): token ids (B, T), int64 in [0, V) → memory (B, T, M, d), in the dtype of the weight.
+    An id out of range raises IndexError on a CPU and is a device-side assert on CUDA.
+    ValueError for a bank without rows, slots or width.
+
+    The bank starts as N(0, std²). Random and not zero: equal slots under equal gates would get equal
+    gradients and stay equal for ever. Small, since M gates of 1 add up: Var(V_S) = Var(V) + M·std²,
+    which is 1 + 0.026 where Var(V) = 1 and M = 64.
+    generator: the random numbers of the start, by default torch's global ones.
+    """
+
+    def __init__(self, vocab_size, n_slots, dim, std=0.02, generator=None):
+        super().__init__()
+        if min(vocab_size, n_slots, dim) < 1:
+            raise ValueError(f"vocab_size, n_slots and dim must be 1 or more, not {vocab_size, n_slots, dim}")
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator=None):
+        nn.init.normal_(self.weight, std=self.std, generator=generator)
+
+    def forward(self, idx):
+        rows = F.embedding(idx, self.weight.flatten(1))  # (B, T, M·d)
+        return rows.unflatten(-1, self.weight.shape[1:])
+
+
+def mix_values(v, memory, gates):
+    """Equation 3, per token and head: V_S = g_0 ⊙ V + Σ_i g_i ⊙ M_i.
+
+    v (B, T, H, d_h), memory (B, T, M, H·d_h), gates (B, T, H, M+1) → (B, T, H, d_h).
+    RuntimeError for shapes that do not fit, which could otherwise broadcast.
+    """
+    if memory.shape[:2] != v.shape[:2] or gates.shape != (*v.shape[:3], memory.size(2) + 1):
+        raise RuntimeError(f"values {tuple(v.shape)}, memory {tuple(memory.shape)} and gates "
+                           f"{tuple(gates.shape)} do not fit")
+    memory = memory.unflatten(-1, v.shape[-2:])  # (B, T, M, H, d_h)
+    g_0 = gates[..., :1]  # (B, T, H, 1)
+    g = gates[..., 1:].mT.unsqueeze(-1)  # (B, T, M, H, 1)
+    return g_0 * v + (g * memory).sum(dim=2)  # not an einsum: torch.compile makes one pass of this
+
+
+class ValueMixer(nn.Module):
+    """Equations 2 and 3: the router of one layer, and the mix. (These equations have a second home, the
+    kernels of move_fast.py. If you change them here, accelerate() there notices and leaves them alone.)
+
+    dim: width d of the layer's input. n_heads: number of *value* heads H, so that grouped-query
+    attention needs nothing else. n_slots: M. gate_value=False fixes g_0 = 1, as in LaVE.
+
+    mixer(x, v, memory): input (B, T, d), values (B, T, H, d_h), memory (B, T, M, H·d_h) → V_S
+    (B, T, H, d_h), in the dtype of v. RuntimeError for shapes that do not fit.
+    """
+
+    def __init__(self, dim, n_heads, n_slots, gate_value=True):
+        super().__init__()
+        self.n_heads = n_heads
+        self.gate_value = gate_value
+        self.router = Linear(dim, n_heads * (n_slots + gate_value), std=0)  # W_G = 0, so all gates start at 1
+
+    def gates(self, x):
+        """(B, T, d) → (B, T, H, M+1): gate 0 for the ordinary value, gates 1..M for the slots."""
+        z = self.router(x).unflatten(-1, (self.n_heads, -1))
+        g = 2 * torch.sigmoid(z)
+        return g if self.gate_value else F.pad(g, (1, 0), value=1.0)  # g_0 = 1
+
+    def forward(self, x, v, memory):
+        return mix_values(v, memory.to(v.dtype), self.gates(x).to(v.dtype))
+
+
+# --------------------------------------------------------------------- the pieces of a transformer
 
 
 class Linear(nn.Linear):
     """y = x Wᵀ without a bias, in the dtype of x: (..., n_in) → (..., n_out).
 
     The weight stays in float32 for the optimizer; bfloat16 activations get bfloat16 products.
-    It starts normal with standard deviation `std`, by default n_in^-½, which keeps the variance.
+    It starts as N(0, std²), by default with std = n_in^-½, which keeps the variance.
     """
 
     def __init__(self, n_in, n_out, std=None):
@@ -46,7 +113,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def reset_parameters(self):
-        if self.std == 0:  # draws nothing: a router leaves the random numbers of other layers alone
+        if self.std == 0:  # uses no random numbers: a router does not change the start of other layers
             nn.init.zeros_(self.weight)
         else:
             nn.init.normal_(self.weight, std=self.std)
@@ -55,153 +122,55 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def norm(x):
+def rms_norm(x):
     """RMS-norm over the last dimension, without parameters."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-# ------------------------------------------------------------------- the memory, equations 1 to 3
-
-
-class ValueBank(nn.Module):
-    """The bank E of equation 1: `weight` (V, M, d), one per model, shared by its attention layers.
-
-    bank(idx): token ids (B, T), int64 in [0, V) → the memory of these tokens, to be handed to the mixers:
-    (B, T, M, d), in the weight's dtype. An id outside the vocabulary raises IndexError on a CPU and stops
-    a CUDA device. mix: 'reference', or 'fused' for the same by move_triton.py, where the memory is a
-    move_triton.FusedMemory; or 'auto', fused on a CUDA device if Triton is there. ValueError if it is not.
-
-    The start must be random: with slots all zero and gates all alike, every slot of a token would
-    get the same gradient for ever, and M slots would act as one. And it must be small: gates of 1
-    add up M slots, so Var(V_S) starts at Var(V) + M·std², here 1 + 0.026 for M = 64 and Var(V) = 1.
-    """
-
-    def __init__(self, vocab_size, n_slots, dim, std=0.02, mix="auto"):
-        super().__init__()
-        if mix not in ("auto", "reference", "fused"):
-            raise ValueError(f"mix must be 'auto', 'reference' or 'fused', not {mix!r}")
-        self.mix, self.gradient = mix, None
-        self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
-        nn.init.normal_(self.weight, std=std)
-
-    @property
-    def fused(self):
-        """Whether move_triton.py mixes."""
-        if self.mix == "auto":
-            return move_triton is not None and self.weight.is_cuda
-        if self.mix == "fused" and not (move_triton is not None and move_triton.runs_on(self.weight.device)):
-            raise ValueError("mix='fused' needs move_triton.py, Triton and a CUDA device")
-        return self.mix == "fused"
-
-    def forward(self, idx):
-        if self.fused:
-            in_place = self.gradient is not None and self.weight.grad is self.gradient
-            return move_triton.FusedMemory(self.weight, idx, self.gradient if in_place else None)
-        memory = F.embedding(idx, self.weight.flatten(1))  # (B, T, M·d)
-        return memory.unflatten(-1, self.weight.shape[1:])
-
-    def zero_gradient(self):
-        """Fused: makes weight.grad zeros that backward adds to in place, instead of a new (V, M, d) tensor each time.
-        For a training loop to call before the first forward pass of each step, after any optimizer.zero_grad(); where
-        the model is compiled, each forward pass is then followed by its backward pass. Setting weight.grad to None ends it."""
-        if self.fused and self.weight.requires_grad:
-            kept = self.gradient
-            fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (self.weight.shape, self.weight.dtype, self.weight.device)
-            self.gradient = self.weight.grad = kept.zero_() if fits else torch.zeros_like(self.weight)
-
-
-def mix_values(v, memory, gates):
-    """Equation 3: V_S = g_0 ⊙ V + Σ_i g_i ⊙ M_i, per token and head.
-
-    v (B, T, H, d_h), memory (B, T, M, H·d_h), gates (B, T, H, M+1) → (B, T, H, d_h). RuntimeError for other shapes.
-    """
-    if memory.shape[:2] != v.shape[:2] or gates.shape != (*v.shape[:3], memory.size(2) + 1):  # which might broadcast
-        raise RuntimeError(f"values {tuple(v.shape)}, memory {tuple(memory.shape)} and gates {tuple(gates.shape)} do not fit")
-    memory = memory.unflatten(-1, v.shape[-2:])  # (B, T, M, H, d_h)
-    g_0 = gates[..., :1]  # (B, T, H, 1)
-    g = gates[..., 1:].transpose(-2, -1).unsqueeze(-1)  # (B, T, M, H, 1)
-    # A product and a sum, not an einsum: the compiler makes one pass over the memory out of it.
-    return g_0 * v + (g * memory).sum(dim=2)
-
-
-class ValueMixer(nn.Module):
-    """The router of one layer and its mix, equations 2 and 3.
-
-    dim: width d of the layer's input. n_heads: the number of *value* heads, so that grouped-query
-    attention works as it is. n_slots: M. gate_value=False leaves V as it is (g_0 = 1), as in LaVE.
-
-    mixer(x, v, memory): input (B, T, d), values (B, T, H, d_h), what the bank gave for the tokens
-    → V_S (B, T, H, d_h), in the dtype of v. Raises RuntimeError where the shapes do not fit. v may also be
-    the Linear that makes the values from x: where the mix is fused, one product then makes values and gates.
-    """
-
-    def __init__(self, dim, n_heads, n_slots, gate_value=True):
-        super().__init__()
-        self.n_heads, self.gate_value = n_heads, gate_value
-        # W_G starts at zero: 2σ(0) = 1, nothing is amplified and nothing suppressed.
-        self.router = Linear(dim, n_heads * (n_slots + gate_value), std=0)
-
-    def gates(self, x):
-        """(B, T, d) → (B, T, H, M+1): gate 0 for the ordinary value, gates 1..M for the slots."""
-        # The router's outputs lie slot by slot, as the memory does: its compiled passes are faster so.
-        g = 2 * torch.sigmoid(self.router(x)).unflatten(-1, (-1, self.n_heads)).transpose(-2, -1)
-        return g if self.gate_value else F.pad(g, (1, 0), value=1.0)
-
-    def forward(self, x, v, memory):
-        if isinstance(v, nn.Module) and not isinstance(v, Linear):
-            raise TypeError(f"v must be values (B, T, H, d_h) or a move.Linear, not {type(v).__name__}")
-        if not isinstance(memory, torch.Tensor):  # a move_triton.FusedMemory
-            v = v.weight if isinstance(v, Linear) else v
-            return memory.values(x, v, self.router.weight, self.n_heads, self.gate_value)
-        if isinstance(v, Linear):
-            v = v(x).unflatten(-1, (self.n_heads, -1))
-        return mix_values(v, memory.to(v.dtype), self.gates(x).to(v.dtype))
-
-
-# ------------------------------------------------------------------------------------- attention
-
-
-def rotary_angles(places, dim, base=10000.0):
+def rotary_embedding(positions, dim, base=10000.0):
     """cos and sin of the rotary angles (arXiv 2104.09864), each (T, 1, dim/2) in float32.
 
-    places (T, axes): where the tokens stand, on a line (text) or in rows and columns (a picture). The
-    dim/2 pairs are dealt out to the axes evenly.
+    positions (T, axes): one axis for text, row and column for images. The dim/2 pairs are shared out
+    evenly among the axes; ValueError if they cannot be.
     """
-    dim_of_axis = dim // places.size(1)
-    frequency = base ** (-torch.arange(0, dim_of_axis, 2) / dim_of_axis)
-    angle = (places[:, :, None] * frequency).flatten(1).unsqueeze(1)
-    return angle.cos(), angle.sin()
+    T, axes = positions.shape
+    if dim < 1 or dim % (2 * axes):
+        raise ValueError(f"rotary embeddings turn pairs: the width of a head (MHA) or rope_dim (MLA) must be "
+                         f"a positive multiple of {2 * axes}, not {dim}")
+    frequencies = base ** (-torch.arange(0, dim // axes, 2) / (dim // axes))
+    angles = (positions.unsqueeze(-1) * frequencies).view(T, 1, dim // 2)
+    return angles.cos(), angles.sin()
 
 
-def rotate(x, rotary):
-    """Turns the pairs (x_j, x_{j + dim/2}) by their position's angle: (B, T, H, dim) → the same."""
+def apply_rotary_emb(x, rotary):
+    """Turns the pairs (x_j, x_{j + dim/2}) by the angle of their position: (B, T, H, dim) → the same."""
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 
 def causal_attention(q, k, v, scale=None):
-    """softmax(q kᵀ · scale) v, where the T queries are the last of the S tokens and see no later one.
+    """softmax(q kᵀ · scale) v. The T queries are the last of the S tokens and see no later one.
 
-    q (B, T, H, ·), k and v (B, S, H, ·) → (B, T, H, ·). scale defaults to (width of q)^-½.
+    q (B, T, H, ·), k and v (B, S, H, ·) → (B, T, H, ·). scale is by default (width of q)^-½.
     """
     T, S = q.size(1), k.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask, is_causal = None, False  # a single new token sees all
     if T == S:
         is_causal = True
-    elif T > 1:  # new tokens behind a filled cache; is_causal would align them with the first keys
+    elif T > 1:  # new tokens behind a filled cache: is_causal would align them with the first keys
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
     return y.transpose(1, 2)
 
 
 class KVCache:
-    """What generation keeps of past tokens: `n_layers` layers of preallocated tensors.
+    """What generation keeps of past tokens: for each of n_layers layers, preallocated tensors.
 
-    shapes: what one token of one layer leaves, as the attention says in `cache_shapes`: its key and
-    its V_S for MHA, its c_S and its rotary key for MLA. The memory is mixed in before, so a token is
-    looked up once, however many follow it, and the cache has the same size for every M.
+    shapes: what one token leaves in one layer, as the attention says in `cache_shapes`: its key and
+    V_S for MHA, its c_S and rotary key for MLA. Values are stored already mixed: a token is looked up
+    once, however many follow it, and the cache has the same size for every M.
     """
 
     def __init__(self, n_layers, batch, max_len, shapes, dtype=torch.float32, device="cpu"):
@@ -216,21 +185,24 @@ class KVCache:
     def append(self, layer, *new):
         """Stores (B, T, ...) behind what the layer holds; returns all of it, (B, S, ...) each.
 
-        The model moves `length` on by T when every layer has appended. IndexError when it is full.
+        The model raises `length` by T when every layer has appended. IndexError when it is full.
         """
         end = self.length + new[0].size(1)
         if end > self.max_len:
-            raise IndexError(f"KV cache of {self.max_len} tokens cannot take token {end}")
-        for store, tensor in zip(self.stores, new):
+            raise IndexError(f"the KV cache holds {self.max_len} tokens, there is no room for token {end}")
+        for store, tensor in zip(self.stores, new, strict=True):
             store[layer, :, self.length:end] = tensor
         return [store[layer, :, :end] for store in self.stores]
 
 
-class MoVEAttention(nn.Module):
-    """Causal multi-head attention, rotary, with QK-norm, whose values are mixed by equation 3.
+# ------------------------------------------------------------------------------------- attention
 
-    attention(x, rotary, memory=None, cache=None): x (B, T, d), the (cos, sin) of its T positions
-    with width d_h, memory (B, T, M, d) → (B, T, d). n_slots=0 is the plain transformer, to the bit.
+
+class MoVEAttention(nn.Module):
+    """Causal multi-head attention, rotary, with QK-norm, over the mixed values of equation 3.
+
+    attention(x, rotary, memory=None, cache=None): x (B, T, d); (cos, sin) of the T positions for
+    width d_h; memory (B, T, M, d) → (B, T, d). n_slots=0 is the plain transformer, bit-identical.
     layer: which layer of the cache is this one's.
     """
 
@@ -244,30 +216,34 @@ class MoVEAttention(nn.Module):
         self.mixer = ValueMixer(dim, n_heads, n_slots, gate_value) if n_slots else None
         self.cache_shapes = [(n_heads, self.head_dim)] * 2  # k, V_S
 
+    def values(self, x, memory):
+        """What MoVE changes: V_S in place of V = x W_V, (B, T, H, d_h)."""
+        v = self.w_v(x).unflatten(-1, (self.n_heads, -1))
+        return v if self.mixer is None else self.mixer(x, v, memory)
+
+    def queries_and_keys(self, x, rotary):
+        heads = [w(x).unflatten(-1, (self.n_heads, -1)) for w in (self.w_q, self.w_k)]
+        return [apply_rotary_emb(rms_norm(t), rotary) for t in heads]  # (B, T, H, d_h) each
+
     def forward(self, x, rotary, memory=None, cache=None):
-        heads = (self.n_heads, self.head_dim)
-        q, k = F.linear(x, torch.cat((self.w_q.weight, self.w_k.weight)).to(x.dtype)).chunk(2, dim=-1)
-        q, k = (rotate(norm(t.unflatten(-1, heads)), rotary) for t in (q, k))  # (B, T, H, d_h)
-        if self.mixer is None:
-            v = self.w_v(x).unflatten(-1, heads)
-        else:
-            v = self.mixer(x, self.w_v, memory)  # V_S, of V = x W_V
+        q, k = self.queries_and_keys(x, rotary)
+        v = self.values(x, memory)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         return self.w_o(causal_attention(q, k, v).flatten(-2))
 
 
 class MoVELatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), the memory mixed into the latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the memory in the latent:
 
         c_S = g_0 ⊙ c_KV + Σ_i g_i ⊙ M_i        slots in R^kv_rank; the cache holds c_S and k_rope.
 
-    Keys (their part without position) and values are both projected up from c_S. Mixing after that
-    would need slots of full width and a cache of them. Our reading of a point the paper's summary
-    leaves open: the latent is split into H groups, and gate h acts on group h.
+    Keys (their part without position) and values are both projected up from c_S. Mixing after W_up
+    would need slots of width d, and a cache of them. One point the paper's summary leaves open: we
+    split the latent into H groups, and gate h acts on group h.
 
     Same call as MoVEAttention, with rotary of width rope_dim and memory (B, T, M, kv_rank). kv_rank
-    must be divisible by n_heads. No QK-norm: keys that are normed could not be absorbed.
+    must be divisible by n_heads.
     """
 
     def __init__(self, dim, n_heads, n_slots=0, gate_value=True, layer=0, *, kv_rank, rope_dim):
@@ -275,42 +251,46 @@ class MoVELatentAttention(nn.Module):
         self.n_heads, self.head_dim, self.layer = n_heads, dim // n_heads, layer
         self.kv_rank, self.rope_dim = kv_rank, rope_dim
         self.w_q = Linear(dim, n_heads * (self.head_dim + rope_dim))
-        self.w_down = Linear(dim, kv_rank + rope_dim)  # x → c_KV and the rotary key all heads share
+        self.w_down = Linear(dim, kv_rank + rope_dim)  # x → c_KV and the rotary key that all heads share
         self.w_up = Linear(kv_rank, n_heads * 2 * self.head_dim)  # c_S → per head k_nope and v
         self.w_o = Linear(dim, dim, std=0)
         self.mixer = ValueMixer(dim, n_heads, n_slots, gate_value) if n_slots else None
         self.cache_shapes = [(kv_rank,), (rope_dim,)]  # c_S, k_rope
 
+    def latent(self, x, c_kv, memory):
+        """What MoVE changes: c_S in place of c_KV, (B, T, kv_rank)."""
+        if self.mixer is None:
+            return c_kv
+        return self.mixer(x, c_kv.unflatten(-1, (self.n_heads, -1)), memory).flatten(-2)
+
     def forward(self, x, rotary, memory=None, cache=None):
-        H, d_h = self.n_heads, self.head_dim
-        q_nope, q_rope = self.w_q(x).unflatten(-1, (H, -1)).split([d_h, self.rope_dim], dim=-1)
-        q_rope = rotate(q_rope, rotary)  # (B, T, H, rope_dim)
-        c, k_rope = self.w_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(2), rotary).squeeze(2)  # (B, T, rope_dim)
-        c = norm(c)
-        if self.mixer is not None:
-            c = self.mixer(x, c.unflatten(-1, (H, -1)), memory).flatten(-2)  # c_S (B, T, kv_rank)
+        q = self.w_q(x).unflatten(-1, (self.n_heads, -1))
+        q_nope, q_rope = q.split([self.head_dim, self.rope_dim], dim=-1)
+        q_rope = apply_rotary_emb(q_rope, rotary)  # (B, T, H, rope_dim)
+        c_kv, k_rope = self.w_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
+        k_rope = apply_rotary_emb(k_rope.unsqueeze(2), rotary).squeeze(2)  # (B, T, rope_dim)
+        c_s = self.latent(x, rms_norm(c_kv), memory)
         if cache is None:
-            y = self.expanded(q_nope, q_rope, c, k_rope)
+            y = self.expanded(q_nope, q_rope, c_s, k_rope)
         else:
-            y = self.absorbed(q_nope, q_rope, *cache.append(self.layer, c, k_rope))
+            y = self.absorbed(q_nope, q_rope, *cache.append(self.layer, c_s, k_rope))
         return self.w_o(y.flatten(-2))
 
-    def expanded(self, q_nope, q_rope, c, k_rope):
+    def expanded(self, q_nope, q_rope, c_s, k_rope):
         """For training: make the keys and values of every head, then attend as usual."""
-        k_nope, v = self.w_up(c).unflatten(-1, (self.n_heads, -1)).chunk(2, dim=-1)
+        k_nope, v = self.w_up(c_s).unflatten(-1, (self.n_heads, -1)).chunk(2, dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
         return causal_attention(torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1), v)
 
-    def absorbed(self, q_nope, q_rope, c, k_rope):
-        """For decoding: q·(W_K c) = (W_Kᵀ q)·c, and Σ a (W_V c) = W_V Σ a c. The latent is attended
-        to as it is, key and value in one, and no past token is ever projected up again."""
-        w_k, w_v = self.w_up.weight.to(c.dtype).view(self.n_heads, -1, self.kv_rank).chunk(2, dim=1)
+    def absorbed(self, q_nope, q_rope, c_s, k_rope):
+        """For decoding: q·(W_K c) = (W_Kᵀ q)·c, and Σ a (W_V c) = W_V Σ a c. Attention reads the latent
+        as key and as value, and no past token is projected up again. (QK-norm would not allow it.)"""
+        w_k, w_v = self.w_up.weight.to(c_s.dtype).view(self.n_heads, -1, self.kv_rank).chunk(2, dim=1)
         q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope), dim=-1)
-        k = torch.cat((c, k_rope), dim=-1)  # (B, S, kv_rank + rope_dim), the same for all heads
-        k, c = (t.unsqueeze(2).expand(-1, -1, self.n_heads, -1) for t in (k, c))
+        k = torch.cat((c_s, k_rope), dim=-1)  # (B, S, kv_rank + rope_dim), the same for all heads
+        k, c_s = (t.unsqueeze(2).expand(-1, -1, self.n_heads, -1) for t in (k, c_s))
         scale = (self.head_dim + self.rope_dim) ** -0.5  # that of the expanded form
-        return torch.einsum("bthr,hnr->bthn", causal_attention(q, k, c, scale), w_v)
+        return torch.einsum("bthr,hnr->bthn", causal_attention(q, k, c_s, scale), w_v)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -318,11 +298,11 @@ class MoVELatentAttention(nn.Module):
 
 @dataclass
 class GPTConfig:
-    """What a GPT is made of. Raises ValueError, in one line, for what cannot be built.
+    """What a GPT is made of. ValueError, in one line, for what cannot be built.
 
     memory and gate_value are the two switches of the paper's ablation:
         'move'  one bank of n_slots slots, shared by all layers      with gate_value: MoVE
-        'lave'  the same n_slots tables dealt out to the layers      without it: LaVE (modded-nanogpt)
+        'lave'  n_slots tables, each read by one layer               without it: LaVE (modded-nanogpt)
         'none'  the plain transformer, the same as n_slots = 0
     gate_value is by default what the method has: True for 'move', False for 'lave'.
     """
@@ -337,7 +317,6 @@ class GPTConfig:
     memory: str = "move"
     n_slots: int = 6
     gate_value: bool | None = None
-    grid: tuple[int, int] | None = None  # of a picture: rows and columns of its codes; seq_len is their product
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "n_layers", "n_heads", "dim"):
@@ -359,20 +338,14 @@ class GPTConfig:
             self.kv_rank = self.dim // 2 if self.kv_rank is None else self.kv_rank
             self.rope_dim = self.dim // self.n_heads // 2 if self.rope_dim is None else self.rope_dim
             if self.kv_rank < 1 or self.kv_rank % self.n_heads:
-                raise ValueError(f"kv_rank {self.kv_rank} is not a positive multiple of n_heads {self.n_heads}")
+                raise ValueError(f"kv_rank {self.kv_rank} is no positive multiple of n_heads {self.n_heads}")
         else:
             self.kv_rank = self.rope_dim = None
-        axes = 1 if self.grid is None else 2
-        if self.rotary_dim < 1 or self.rotary_dim % (2 * axes):
-            raise ValueError("rotary embeddings turn pairs: the width of a head (MHA) or rope_dim (MLA) "
-                             f"must be a multiple of {2 * axes}, not {self.rotary_dim}")
-        if self.grid is not None and self.seq_len != self.grid[0] * self.grid[1]:
-            raise ValueError(f"a grid of {self.grid[0]} × {self.grid[1]} codes needs a seq_len of as many, not {self.seq_len}")
 
     @classmethod
     def from_depth(cls, depth, scale=1.0, **overrides):
-        """nanochat's family: d = 64·depth, d_h = 128; and the scale of the memory, MoVE-×scale:
-        M = scale·depth/2, at least 1, as many parameters as LaVE with M tables; 0 for none."""
+        """nanochat's family, d = 64·depth and d_h = 128, with MoVE-×scale: M = scale·depth/2 slots, at
+        least 1. scale 0: no memory."""
         if depth < 1 or scale < 0:
             raise ValueError(f"depth must be at least 1 and scale 0 or more, not {depth} and {scale}")
         n_slots = max(1, round(scale * depth / 2)) if scale else 0
@@ -382,7 +355,7 @@ class GPTConfig:
 
     @property
     def rotary_dim(self):
-        """Width of what is turned by its position: a head, or the rotary key of MLA."""
+        """Width of what the rotary embedding turns: a head, or the rotary key of MLA."""
         return self.rope_dim if self.attention == "mla" else self.dim // self.n_heads
 
     @property
@@ -390,17 +363,9 @@ class GPTConfig:
         """Width of a slot: that of all values of a token, or of the latent."""
         return self.kv_rank if self.attention == "mla" else self.dim
 
-    def places(self):
-        """Where the tokens of a sequence stand, (seq_len, axes): text on a line. The sequence of a picture
-        is its class and then its codes, row by row; the class stands at (0, 0), off the grid."""
-        if self.grid is None:
-            return torch.arange(self.seq_len).unsqueeze(1)
-        codes = torch.cartesian_prod(*(torch.arange(1, n + 1) for n in self.grid))
-        return torch.cat((torch.zeros(1, 2, dtype=torch.long), codes[:-1]))  # the last code is never read
-
     def layer_slots(self):
-        """Slots that each layer mixes. LaVE deals its M tables out evenly, the last layer always
-        included: M = L/2 gives every other layer one, M = L each layer one, M = 2L each two."""
+        """Number of slots that each layer mixes. LaVE shares out its M tables evenly, and the last layer
+        always has one: M = L/2 gives every other layer one, M = L each layer one, M = 2L each two."""
         L, M = self.n_layers, self.n_slots
         if self.memory == "lave":
             return [(i + 1) * M // L - i * M // L for i in range(L)]
@@ -408,11 +373,14 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)) with ReLU² in between: (B, T, d) → the same."""
+    """x + attention(rms_norm(x)), then x + MLP(rms_norm(x)) with ReLU² in between: (B, T, d) → the same.
 
-    def __init__(self, config, layer, n_slots):
+    A block of LaVE reads a table of its own instead of the shared memory.
+    """
+
+    def __init__(self, config, layer, generator=None):
         super().__init__()
-        c = config
+        c, n_slots = config, config.layer_slots()[layer]
         if c.attention == "mha":
             self.attention = MoVEAttention(c.dim, c.n_heads, n_slots, c.gate_value, layer)
         else:
@@ -420,77 +388,25 @@ class Block(nn.Module):
                                                  kv_rank=c.kv_rank, rope_dim=c.rope_dim)
         self.mlp_up = Linear(c.dim, 4 * c.dim)
         self.mlp_down = Linear(4 * c.dim, c.dim, std=0)
+        self.table = None
+        if c.memory == "lave" and n_slots:
+            self.table = ValueBank(c.vocab_size, n_slots, c.memory_dim, generator=generator)
 
-    def forward(self, x, rotary, memory, cache):
-        x = x + self.attention(norm(x), rotary, memory, cache)
-        return x + self.mlp_down(F.relu(self.mlp_up(norm(x))).square())
-
-
-CAP = 15.0  # of the logits
-CHUNK = 8192  # tokens of a step of the loss
-
-
-def cap(z):
-    """15·tanh(z / 15), in float32 at least: soft-capped logits, as in Gemma 2 (arXiv 2408.00118)."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return CAP * (2 * torch.sigmoid(2 / CAP * z) - 1)  # tanh(u) = 2σ(2u) - 1, which is faster when compiled
+    def forward(self, x, idx, rotary, memory, cache):
+        if self.table is not None:
+            memory = self.table(idx)
+        x = x + self.attention(rms_norm(x), rotary, memory, cache)
+        return x + self.mlp_down(F.relu(self.mlp_up(rms_norm(x))).square())
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy in nats of the capped logits of x (N, d) for a head's weight (V, d) and targets (N,), int64 in
-    [0, V) or -100 for those that do not count → (), at least float32.
-
-    The logits (N, V) are by far the largest tensor of a training step. So CHUNK tokens at a time get theirs, the loss
-    and, at once, its gradients, which only have to be scaled later; compiled, no logits are written down in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, with_gradients):
-        w, n = weight.to(x.dtype), (targets != -100).sum()  # n: how many count
-        loss, d_x, d_w = 0, [], 0
-        for x, t in zip(x.split(CHUNK), targets.split(CHUNK)):
-            counts = (t != -100).unsqueeze(1)
-            t = torch.where(counts, t.unsqueeze(1), 0)
-            logits = cap(x @ w.T)
-            total = logits.exp().sum(-1, keepdim=True).log()  # what is capped needs no maximum taken off first
-            loss += torch.where(counts, total - logits.gather(1, t), 0).sum() / n
-            if with_gradients:
-                d = (logits - total).exp() - (torch.arange(len(w), device=t.device) == t).to(logits.dtype)
-                d = (torch.where(counts, d, 0) * (1 - (logits / CAP).square())).to(w.dtype)
-                d_x.append(d @ w)
-                d_w += (d.T @ x).to(weight.dtype)
-        if with_gradients:
-            ctx.save_for_backward(torch.cat(d_x), d_w, n)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d):
-        d_x, d_w, n = ctx.saved_tensors
-        d = d / n.clamp(min=1)
-        return (d * d_x).to(d_x.dtype), d * d_w, None, None
+def softcap(z, limit=15.0):
+    """limit · tanh(z / limit), at least float32: logits within ±limit, as in Gemma 2 (arXiv 2408.00118)."""
+    return limit * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / limit)
 
 
-@torch.compiler.allow_in_graph  # as it stands: PyTorch 2.11's compiler, looking into it, takes its gradient for zero
-def linear_cross_entropy(x, weight, targets):
-    """LinearCrossEntropy, with its gradients where autograd is on."""
-    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
-
-
-@contextlib.contextmanager
-def without_cudnn_attention():
-    """For decoding: cuDNN's attention makes a plan, of 20 ms on an H200, for every length of the cache."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draws an id from each row of logits (B, V) → (B,): the likeliest if temperature is 0; with top_k among
-    the k likeliest; with top_p among the fewest whose probabilities add up to p (arXiv 1904.09751)."""
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Samples an id from each row of logits (B, V) → (B,): the most probable one at temperature 0;
+    among the k most probable with top_k; with top_p by nucleus sampling (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -499,8 +415,8 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         logits = logits.masked_fill(logits < kth, -math.inf)
     p = logits.softmax(-1)
     if top_p is not None:
-        falling, order = p.sort(descending=True)
-        before = falling.cumsum(-1) - falling  # of those that are likelier
+        descending, order = p.sort(descending=True)
+        before = descending.cumsum(-1) - descending  # of the more probable ones
         p = p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), 0)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -509,52 +425,59 @@ class GPT(nn.Module):
     """A decoder-only transformer in nanochat's style, with MoVE, LaVE or no memory.
 
     RMS-norm without parameters, also after the embedding; rotary positions; ReLU² MLP; untied head;
-    logits capped at ±15; no biases; each layer starts as the identity.
-    dtype: that of the activations, by default the parameters'; bfloat16 is the fast one on a GPU. mix: see ValueBank;
-    LaVE's tables have one layer each and are always read by the reference.
-    The same seed gives the same transformer whatever its memory, which is drawn last.
+    logits within ±15; no biases; each layer starts as the identity.
+    dtype: of the activations, by default the parameters'; bfloat16 is the fast one on a GPU.
+    positions (seq_len, axes): see rotary_embedding; by default 0, 1, 2, … on one axis. The state_dict
+    holds their cos and sin. The same seed gives the same transformer whatever its memory is.
     """
 
-    def __init__(self, config, dtype=None, mix="auto"):
+    def __init__(self, config, dtype=None, positions=None):
         super().__init__()
         self.config, self.dtype = config, dtype
         V, d = config.vocab_size, config.dim
-        slots = config.layer_slots()
+        generator, device = None, torch.get_default_device()
+        if device.type != "meta":  # the memory has its own random numbers: nothing else depends on its size
+            generator = torch.Generator(device).manual_seed(torch.initial_seed() ^ 1)
         self.embedding = nn.Embedding(V, d)  # starts as N(0, 1)
-        self.blocks = nn.ModuleList(Block(config, i, m) for i, m in enumerate(slots))
+        self.blocks = nn.ModuleList(Block(config, i, generator) for i in range(config.n_layers))
         self.head = Linear(d, V, std=0.001)
+        self.bank = None
         if config.memory == "move":
-            self.banks = nn.ModuleList([ValueBank(V, config.n_slots, config.memory_dim, mix=mix)])
-        elif config.memory == "lave":
-            self.banks = nn.ModuleList(ValueBank(V, m, config.memory_dim, mix="reference") if m else None for m in slots)
-        else:
-            self.banks = nn.ModuleList([None])
-        cos, sin = rotary_angles(config.places(), config.rotary_dim)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+            self.bank = ValueBank(V, config.n_slots, config.memory_dim, generator=generator)
+        if positions is None:
+            positions = torch.arange(config.seq_len).unsqueeze(1)
+        cos, sin = rotary_embedding(positions, config.rotary_dim)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
 
     def forward(self, idx, targets=None, cache=None):
-        """Token ids (B, T), int64 in [0, V) → logits (B, T, V), at least float32, or, given the next ids
+        """Token ids (B, T), int64 in [0, V) → logits (B, T, V), at least float32; or, given the next ids
         `targets` (B, T), their mean cross-entropy in nats. Targets of -100 do not count.
 
-        With a cache, idx continues what it holds. ValueError beyond seq_len tokens.
+        With a cache, idx continues what it holds. ValueError beyond seq_len tokens, RuntimeError for
+        targets of another shape.
         """
         start = 0 if cache is None else cache.length
         end = start + idx.size(1)
         if end > self.config.seq_len:
             raise ValueError(f"{end} tokens are more than this model's seq_len, {self.config.seq_len}")
         rotary = self.cos[start:end], self.sin[start:end]
-        x = norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))  # (B, T, d)
-        # Equation 1. All layers of MoVE share one gather; in LaVE each has its own table, or none.
-        memory = [None if bank is None else bank(idx) for bank in self.banks]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotary, memory[i % len(memory)], cache)
+        x = rms_norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))  # (B, T, d)
+        memory = None if self.bank is None else self.bank(idx)  # equation 1, once for all layers
+        for block in self.blocks:
+            x = block(x, idx, rotary, memory, cache)
         if cache is not None:
             cache.length = end
-        x = norm(x)
-        if targets is not None:
-            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
-        return cap(self.head(x))
+        x = rms_norm(x)
+        if targets is None:
+            return softcap(self.head(x))
+        if targets.shape != idx.shape:
+            raise RuntimeError(f"targets {tuple(targets.shape)} do not fit token ids {tuple(idx.shape)}")
+        return self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """Mean cross-entropy in nats of the logits of x (B, T, d) for targets (B, T) → ()."""
+        return F.cross_entropy(softcap(self.head(x)).flatten(0, 1), targets.flatten())
 
     def new_cache(self, batch, max_len):
         """An empty KVCache for `batch` sequences of up to max_len tokens."""
@@ -564,42 +487,36 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_ids=None,
-                 idx_without=None, cfg_scale=1.0, generator=None):
+                 generator=None):
         """Continues idx (B, T ≥ 1) and yields the next ids (B,), one token at a time.
 
-        temperature, top_k, top_p: see draw. n_ids: draw only ids below it, where the others are padding
-        or no codes. generator: the torch.Generator to draw from.
-        Classifier-free guidance (arXiv 2207.12598): idx_without (B, T) is idx without its condition,
-        and logits = without + cfg_scale · (with − without). At a cfg_scale of 1 there is nothing to do.
-        ValueError if the tokens to be read, which are all but the last new one, exceed seq_len.
+        temperature, top_k, top_p, generator: see sample. n_ids: sample only ids below it, where the
+        vocabulary is padded. ValueError for numbers out of range, and if the tokens to be read, which
+        are all but the last new one, exceed seq_len.
         """
         B, T = idx.shape
-        if T + max_new_tokens - 1 > self.config.seq_len:
-            raise ValueError(f"{T} tokens and {max_new_tokens} new ones, the last of which is not read, are more "
-                             f"than this model's seq_len, {self.config.seq_len}")
-        guided = idx_without is not None and cfg_scale != 1
-        if guided:
-            idx = torch.cat((idx, idx_without))
-        cache = self.new_cache(idx.size(0), T + max_new_tokens - 1)
+        if T < 1 or T + max_new_tokens - 1 > self.config.seq_len:
+            raise ValueError(f"{T} tokens and {max_new_tokens} new ones do not fit: this model reads 1 to "
+                             f"{self.config.seq_len} tokens (seq_len), and the last new one is not read")
+        if temperature < 0 or (n_ids is not None and not 1 <= n_ids <= self.config.vocab_size):
+            raise ValueError(f"temperature must be 0 or more and n_ids from 1 to {self.config.vocab_size}, "
+                             f"not {temperature} and {n_ids}")
+        cache = self.new_cache(B, T + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            with without_cudnn_attention():
-                logits = self(idx, cache=cache)[:, -1, :n_ids]
-            if guided:
-                logits, without = logits.chunk(2)
-                logits = without + cfg_scale * (logits - without)
-            new = draw(logits, temperature, top_k, top_p, generator)
+            logits = self(idx, cache=cache)[:, -1, :n_ids]
+            new = sample(logits, temperature, top_k, top_p, generator)
             yield new
-            idx = new.repeat(idx.size(0) // B).unsqueeze(1)
+            idx = new.unsqueeze(1)
 
     def parameter_counts(self):
-        """Parameters by what they are for: embedding, matrices, head, router, memory, total."""
-        counts = dict(
-            embedding=self.embedding.weight.numel(),
-            matrices=sum(p.numel() for n, p in self.blocks.named_parameters() if "router" not in n),
-            head=self.head.weight.numel(),
-            router=sum(p.numel() for n, p in self.blocks.named_parameters() if "router" in n),
-            memory=sum(p.numel() for p in self.banks.parameters()),
-        )
+        """Number of parameters by purpose: embedding, matrices, head, router, memory, total."""
+        def count(module, kind):
+            return sum(p.numel() for m in module.modules() if isinstance(m, kind) for p in m.parameters())
+
+        memory, router = count(self, ValueBank), count(self, ValueMixer)
+        counts = dict(embedding=count(self.embedding, nn.Embedding),
+                      matrices=count(self.blocks, Linear) - router, head=count(self.head, Linear),
+                      router=router, memory=memory)
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self):
@@ -610,8 +527,7 @@ class GPT(nn.Module):
         that causality leaves.
         """
         c, counts = self.config, self.parameter_counts()
-        head_dim = c.dim // c.n_heads
-        q_dim = c.n_heads * (head_dim + (c.rope_dim or 0))  # width of all queries, that of all values is d
+        q_dim = c.dim + c.n_heads * (c.rope_dim or 0)  # width of all queries; that of all values is d
         gates = sum(m + c.gate_value for m in c.layer_slots() if m)
         return dict(
             matrices=2 * counts["matrices"],
@@ -620,3 +536,20 @@ class GPT(nn.Module):
             router=2 * counts["router"],
             mix=2 * gates * c.memory_dim,
         )
+
+
+def memory_parameter_groups(model, lr_scale=1.0):
+    """AdamW's parameter groups for the banks and the routers of any model, [] if it has none.
+
+    Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not
+    in them. The memory is worth little at a host's usual rates: a bank needs a high learning rate
+    and no weight decay. The rates are nanochat's for value embeddings, times (d / 768)^-½.
+    """
+    mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
+    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
+    routers = [p for mixer in mixers for p in mixer.router.parameters()]
+    if not mixers or not banks:
+        return []
+    k = lr_scale * (routers[0].size(-1) / 768) ** -0.5
+    shared = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+    return [dict(params=banks, lr=0.1 * k, **shared), dict(params=routers, lr=0.004 * k, **shared)]

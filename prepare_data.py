@@ -1,46 +1,44 @@
 """Makes every data set into one format on disk, from which the training scripts read:
 
-    data/<name>/train.bin  val.bin      token ids, uint16 little endian
-                meta.json               sizes, source, and the sha256 of the other files
+    data/<name>/train.bin  val.bin      token ids, little endian: uint16, above a vocabulary of 65,536 uint32
+                meta.json               counts, source, and the size and sha256 of the other files
     text:       tokenizer.tiktoken      a token a line: its bytes in base64, its rank
-    pictures:   codebook.npy            the patches that the codes stand for; or decoder.pt, a network's weights
+    images:     codebook.npy            the patches that the codes stand for; or decoder.pt, a network
                 contact_sheet.png       for a look before training
 
-    python prepare_data.py python                    Python's own source: no network, the default of train_gpt.py
-    python prepare_data.py shakespeare               1.1 MB, downloaded
+    python prepare_data.py shakespeare               5 MB, no network: the default of train_gpt.py on a CPU
+    python prepare_data.py python                    Python's own source, no network: its default on a GPU
     python prepare_data.py fineweb_edu --shards 10   100M tokens a shard, downloaded
     python prepare_data.py --text FILE... --name N   your own files
 
-    python prepare_data.py digits                    1,797 scans of 8×8 pixels: no network, the default of train_image.py
-    python prepare_data.py cifar10                   60,000 pictures of 32×32 pixels, downloaded (170 MB)
-    python prepare_data.py --images DIR --name N     your own pictures, one folder a class
+    python prepare_data.py digits                    1,797 scans of 8×8 pixels, no network: train_image.py's
+    python prepare_data.py cifar10                   60,000 images of 32×32 pixels, downloaded (170 MB)
+    python prepare_data.py --images DIR --name N     your own images, one folder a class
     python prepare_data.py imagenet                  ImageNet-1K in the codes of MaskGIT's VQGAN, downloaded
     python prepare_data.py --codes DIR --name N      codes that LlamaGen's extraction wrote
 
-A folder is written under another name and renamed, so that one that exists is complete. Text is one
-long sequence; documents are separated by the token <|endoftext|>, which stands before each of them and
-for no byte of text. Pictures are records [class, code_1 … code_n] in one vocabulary: the codes, then the
-classes, then the empty class.
+A folder is written under another name and renamed, so that one that exists is complete. Text is one long
+sequence; the token <|endoftext|> stands before each document and for no byte of text. Images are records
+[class, code_1 … code_n] in one vocabulary: the codes, then the classes, then the null class.
 """
 import argparse
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
-import math
+import lzma
 import os
-import pickle
 import re
+import secrets
 import shutil
 import signal
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -48,29 +46,30 @@ import numpy as np
 import requests
 import rustbpe
 import tiktoken
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from pictures import MaskGITDecoder, decode, encode, fit_codebook, psnr, sheet
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-FORMAT = 1  # of the files above; a reader refuses any other
+FORMAT = 2  # of the files above; a reader refuses any other
 SEPARATOR = "<|endoftext|>"
+DEFAULT_VOCAB_SIZE = 16384
+HERE = Path(__file__).resolve().parent
 
-SHAKESPEARE = dict(
-    url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    size=1115394, sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+# The plays, sonnets and poems of William Shakespeare: 42 documents, 5 MB.
+SHAKESPEARE = HERE / "shakespeare.txt.xz"
+SHAKESPEARE_SHA256 = "bbfd67fa5ded1050fff7e3d162ce69b44e83482a6dbeea383e3134e087596cc5"  # of the text
 # FineWeb-Edu in GPT-2's tokens, made by Andrej Karpathy for llm.c: one shard to validate, 1,001 to train.
 FINEWEB_EDU = "https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
 FINEWEB_EDU_SHARDS = 1001
 
-# 1,797 handwritten digits of UCI's Optical Recognition of Handwritten Digits (https://doi.org/10.24432/C50P49),
-# CC BY 4.0, by E. Alpaydin and C. Kaynak.
-DIGITS = Path(__file__).resolve().parent / "digits.npz"
+# UCI's Optical Recognition of Handwritten Digits, by E. Alpaydin and C. Kaynak: 1,797 scans.
+DIGITS = HERE / "digits.npz"
 DIGITS_SHA256 = "a574184a37ce1fc944b97f3077d6e05600d93de4cc772d19d29f67fd6b426f20"
-CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", md5="c32a1d4ab5d03f1284b67883e8d87530",
-               batch=10_000)  # pictures in each of its six files
+CIFAR10 = dict(url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+               md5="c32a1d4ab5d03f1284b67883e8d87530", batch=10_000)  # images in each of its six files
 # ImageNet-1K as codes, of the RAR project (arXiv 2411.00776), and the VQGAN that they are codes of.
 IMAGENET_CODES = "https://huggingface.co/yucornetto/RAR/resolve/main/maskgitvq.jsonl"
 MASKGIT_VQGAN = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"
@@ -80,7 +79,7 @@ MASKGIT_VQGAN = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-
 
 
 class UserError(Exception):
-    """What the user can mend: one line that says what was wrong, what was expected, what to do."""
+    """An error that the user can fix: one line that says what was wrong, what was expected, what to do."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -91,53 +90,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs a script: errors of the user or of the machine end it with one line and exit code 2."""
+    """Runs a script: errors of the user or of the machine end it with one line and exit code 2, Ctrl-C and
+    SIGTERM with exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
     try:
         main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        message = "out of memory " * isinstance(error, MemoryError) + str(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------ the format on disk
-
-
-# Which file turns tokens back into what they stand for.
-DECODERS = {"text": ["tokenizer.tiktoken"], "codebook": ["codebook.npy"], "maskgit": ["decoder.pt"], None: []}
-
-
-@dataclass
-class Dataset:
-    """A checked data set: its meta.json and its token ids, uint16, read from disk as needed."""
-    folder: Path
-    meta: dict
-    train: np.ndarray
-    val: np.ndarray
-
-    def identity(self):
-        """What tells this data set from others: the hashes of its files."""
-        return {f"sha256 of {name}": published["sha256"] for name, published in self.meta["files"].items()}
-
-    def tokenizer(self):
-        """The tiktoken.Encoding of a text data set."""
-        lines = (self.folder / "tokenizer.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        return make_encoding(ranks, self.meta["tokenizer"]["pattern"])
-
-    def to_images(self, codes, device="cpu"):
-        """Codes (N, n) of a data set of pictures → uint8 images (N, height, width, 3); None if it has no decoder."""
-        grid = tuple(self.meta["grid"])
-        if self.meta["decoder"] == "codebook":
-            return decode(codes, np.load(self.folder / "codebook.npy"), grid)
-        if self.meta["decoder"] == "maskgit":
-            return load_maskgit(self.folder / "decoder.pt").to(device).to_images(codes, grid)
+# ---------------------------------------------------------------------------------- files and folders
 
 
 def hash_of(path, kind="sha256"):
+    """The hash of a file, in hexadecimal. kind: a name that hashlib knows."""
     digest = hashlib.new(kind)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -145,61 +119,58 @@ def hash_of(path, kind="sha256"):
     return digest.hexdigest()
 
 
-def load_dataset(folder):
-    """Reads data/<name>/ and checks every file's size and hash. UserError names what is wrong."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no data set {folder}; make it with prepare_data.py (see its --help)")
-    again = f"; remove {folder} and make it again with prepare_data.py"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["format"] != FORMAT:
-            raise UserError(f"{folder} has format {meta['format']}, this program reads {FORMAT}{again}")
-        needed = ["train.bin", "val.bin", *DECODERS["text" if meta["kind"] == "text" else meta["decoder"]]]
-        if missing := [name for name in needed if name not in meta["files"]]:
-            raise UserError(f"{folder / 'meta.json'} is damaged (it has no hash of {missing[0]}){again}")
-        for name, published in meta["files"].items():
-            size = (folder / name).stat().st_size
-            if size != published["size"]:
-                raise UserError(f"{folder / name} has {size} bytes, not the {published['size']} of meta.json{again}")
-            if hash_of(folder / name) != published["sha256"]:
-                raise UserError(f"{folder / name} was altered: its sha256 is not that of meta.json{again}")
-        bins = [np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r") for split in ("train", "val")]
-        largest = max(tokens.max() for tokens in bins)
-        if largest >= meta["vocab_size"]:
-            raise UserError(f"{folder} has token {largest}, outside its vocabulary of {meta['vocab_size']}{again}")
-        if meta["kind"] == "image":
-            length = 1 + meta["grid"][0] * meta["grid"][1]
-            for tokens in bins:
-                if len(tokens) % length or (tokens[::length] < meta["n_codes"]).any():
-                    raise UserError(f"{folder} has records that are not a class and {length - 1} codes{again}")
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing{again}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged ({error!r}){again}") from None
-    return Dataset(folder, meta, *bins)
-
-
 def write_file(path, write):
-    """write(file) to a temporary name, then renames: the file is always whole, the old one or the new."""
-    temporary = path.with_suffix(".tmp")
+    """write(file) to a fresh name in the same folder, then renames: the file is always whole, the old one
+    or the new. OSError names the file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides that the disk is full behind an error of its own.
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause.errno is None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+
+
+def lock_folder(folder):
+    """Locks a folder for this process, until the number that it gives is closed; None if another has it."""
+    if fcntl:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+        except OSError:  # another process works in it; or the file system has no locks
+            os.close(number)
 
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """A temporary folder that becomes `folder` if the block ends well, and vanishes otherwise."""
-    if folder.exists():
+    """A temporary folder that becomes `folder` if the block ends well, and vanishes otherwise. What a
+    killed process left of an earlier one is removed."""
+    if os.path.lexists(folder):
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    prefix = f".{folder.name}.unfinished."
+    for left in folder.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it too
+            # An empty one may be of a process that is about to lock it.
+            if left.name.startswith(prefix) and any(left.iterdir()):
+                if (number := lock_folder(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(number)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    number = lock_folder(temporary)
     temporary.chmod(0o755)  # mkdtemp's folders are for their owner only
     try:
         yield temporary
@@ -209,20 +180,223 @@ def new_folder(folder):
             if folder.exists():
                 raise UserError(f"{folder} was made by another process meanwhile; it can be used") from None
             raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # a full disk names no file
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if number is not None:
+            os.close(number)
 
 
 @contextlib.contextmanager
-def new_dataset(folder, **meta):
-    """A data set in the making: a temporary folder for its files, and the dict that becomes meta.json, to
-    which the sizes and hashes of the files are added."""
+def new_dataset(folder, vocab_size, **about):
+    """A data set in the making: yields (folder, meta), a temporary folder for its files and the dict that
+    becomes meta.json, to which the sizes and hashes of the files are added."""
     with new_folder(Path(folder)) as new:
-        meta = dict(format=FORMAT, **meta)
+        meta = dict(format=FORMAT, vocab_size=vocab_size, **about)
+        meta["dtype"] = "uint16" if vocab_size <= 1 << 16 else "uint32"
         yield new, meta
         meta["files"] = {path.name: dict(size=path.stat().st_size, sha256=hash_of(path))
                          for path in sorted(new.iterdir()) if path.suffix != ".png"}
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for split in ("train", "val"):
+        counts = ", ".join(f"{count:,} {what}" for what, count in meta[split].items())
+        print(f"{folder} {split}: {counts}")
+    print(f"{folder} vocabulary: {vocab_size:,}; source: {meta['source']}")
+
+
+# ------------------------------------------------------------------------------- reading a data set
+
+# What meta.json must hold, see check_form: for all data sets, and for each kind.
+TOKENS = {"tokens": range(1, 1 << 50)}
+FORM = {
+    "format": range(FORMAT, FORMAT + 1), "kind": ("text", "image"), "dtype": ("uint16", "uint32"),
+    "vocab_size": range(2, 1 << 31), "train": TOKENS, "val": TOKENS,
+    "files": {re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*"): {"size": range(1 << 50),
+                                                           "sha256": re.compile("[0-9a-f]{64}")}},
+}
+FORM_OF_KIND = {
+    "text": {"tokenizer": {"name": str, "pattern": str}, "train": {"bytes": range(1 << 50)},
+             "val": {"bytes": range(1 << 50)}},
+    "image": {"decoder": ("codebook", "maskgit", None), "n_codes": range(1, 1 << 31), "classes": [str],
+              "grid": [range(1, 1 << 16)]},
+}
+
+
+def check_form(value, form, name):
+    """ValueError, with the name of the field, unless the value has the form: a range of whole numbers, a
+    tuple of choices, a pattern of a text, a type, a list of values of one form, or a dict, whose keys are
+    names or one pattern that all names match."""
+    def wrong(expected):
+        text = repr(value)
+        return ValueError(f"{name} is {text[:60]}{'…' * (len(text) > 60)}, expected {expected}")
+
+    if isinstance(form, dict):
+        if type(value) is not dict:
+            raise wrong("names and values")
+        for key, part in form.items():
+            for each in [key] if isinstance(key, str) else value:
+                if each not in value:
+                    raise ValueError(f"{name + '.' if name else ''}{each} is missing")
+                if each is not key and not key.fullmatch(each):
+                    raise ValueError(f"{name} has {each!r}, which is no plain name of a file")
+                check_form(value[each], part, f"{name}.{each}".lstrip("."))
+    elif isinstance(form, list):
+        if type(value) is not list or not value:
+            raise wrong("a list")
+        for each in value:
+            check_form(each, form[0], name)
+    elif isinstance(form, range):
+        if type(value) is not int or value not in form:
+            raise wrong(f"{form[0]} to {form[-1]}" if len(form) > 1 else form[0])
+    elif isinstance(form, tuple):
+        if value not in form:
+            raise wrong(f"one of {form}")
+    elif type(value) is not str or isinstance(form, re.Pattern) and not form.fullmatch(value):
+        raise wrong("a text" if form is str else form.pattern)
+
+
+def decoder_files(meta):
+    """Names of the files of a data set that turn its tokens back into what they stand for. A run keeps
+    copies of them."""
+    by_kind = {"codebook": ["codebook.npy"], "maskgit": ["decoder.pt"], None: []}
+    return ["tokenizer.tiktoken"] if meta["kind"] == "text" else by_kind[meta["decoder"]]
+
+
+def read_meta(path):
+    """The dict of a meta.json, checked: nobody else needs to. ValueError names the field that is wrong."""
+    try:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON ({error})") from None
+    check_form(meta, FORM, "")
+    check_form(meta, FORM_OF_KIND[meta["kind"]], "")
+    for name in ("train.bin", "val.bin", *decoder_files(meta)):
+        if name not in meta["files"]:
+            raise ValueError(f"files.{name} is missing")
+    for split in ("train", "val"):
+        if meta["files"][f"{split}.bin"]["size"] != meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize:
+            raise ValueError(f"{split}.tokens does not fit to the size of {split}.bin and the dtype")
+    if meta["kind"] == "image":
+        if len(meta["grid"]) != 2:
+            raise ValueError(f"grid is {meta['grid']}, expected rows and columns")
+        if meta["vocab_size"] != meta["n_codes"] + len(meta["classes"]) + 1:
+            raise ValueError("vocab_size is not that of n_codes, the classes and the null class")
+    return meta
+
+
+@dataclass
+class Dataset:
+    """A checked data set: its meta.json and its token ids, (n,) uint16 or uint32, which are read from disk
+    as needed."""
+    folder: Path
+    meta: dict
+    train: np.ndarray
+    val: np.ndarray
+
+    def identity(self):
+        """What tells this data set from others, name → JSON value: the hashes of its files, and all that
+        decides what a token means."""
+        meaning = {name: self.meta[name] for name in
+                   ("kind", "dtype", "vocab_size", "decoder", "n_codes", "grid", "classes")
+                   if name in self.meta}
+        tokenizer = {f"tokenizer {key}": self.meta["tokenizer"][key] for key in ("name", "pattern")
+                     if self.meta["kind"] == "text"}
+        return meaning | tokenizer | {f"sha256 of {name}": published["sha256"]
+                                      for name, published in self.meta["files"].items()}
+
+    def tokenizer(self):
+        """The tiktoken.Encoding of a text data set."""
+        return load_tokenizer(self.folder, self.meta)
+
+
+def state_of(path):
+    """[size, time of the last write, time of the last change of any kind] of a file. UserError if it is no
+    regular file: a pipe would wait for somebody to write into it."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, or is no regular file")
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def load_dataset(folder, check=True):
+    """Reads data/<name>/ → Dataset. UserError names what is wrong.
+
+    Sizes are checked always. With `check`, contents are too: the hashes of the files, and whether token ids
+    are in the vocabulary. That happens once and again only when a file has changed; .checked.json in the
+    folder keeps what was found good. Of several processes one needs to check, before the others load.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no data set {folder}; make it with prepare_data.py (see its --help)")
+    again = f"; remove {folder} and make it again with prepare_data.py"
+    stamp, path = folder / ".checked.json", folder / "meta.json"
+    try:
+        states = {"meta.json": [*state_of(path), hash_of(path)]}
+        meta = read_meta(path)
+        for name, published in meta["files"].items():
+            states[name] = [*state_of(folder / name), published["sha256"]]
+            if states[name][0] != published["size"]:
+                raise UserError(f"{folder / name} has {states[name][0]} bytes, not the {published['size']} "
+                                "of meta.json")
+        bins = [np.memmap(folder / f"{split}.bin", f"<u{np.dtype(meta['dtype']).itemsize}", mode="r")
+                for split in ("train", "val")]
+        known = read_stamp(stamp) if check else states
+        if known != states:
+            for name, published in meta["files"].items():
+                if known.get(name) != states[name] and hash_of(folder / name) != published["sha256"]:
+                    raise UserError(f"{folder / name} was altered: its sha256 is not that of meta.json")
+            check_ids(meta, bins)
+            with contextlib.suppress(OSError):  # a folder that is read-only is checked each time
+                write_file(stamp, lambda file: file.write(json.dumps(states).encode()))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}{again}") from None
+    except UserError as error:
+        raise UserError(f"{error}{again}") from None
+    return Dataset(folder, meta, *bins)
+
+
+def read_stamp(path):
+    """What load_dataset found good the last time; {} if that is unknown."""
+    try:
+        stamp = json.loads(path.read_bytes()) if path.is_file() else {}
+        return stamp if isinstance(stamp, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def check_ids(meta, bins):
+    """ValueError unless all token ids are in the vocabulary, and image records are a class and codes."""
+    largest = max(tokens.max() for tokens in bins)
+    if largest >= meta["vocab_size"]:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}, but there is a token {largest}")
+    if meta["kind"] == "image":
+        n = meta["grid"][0] * meta["grid"][1]
+        for tokens in bins:
+            rows = tokens.reshape(-1, 1 + n) if len(tokens) % (1 + n) == 0 else None
+            if rows is None or (rows[:, 0] < meta["n_codes"]).any() or (rows[:, 1:] >= meta["n_codes"]).any():
+                raise ValueError(f"n_codes or grid: the records are not a class and {n} codes")
+
+
+def load_tokenizer(folder, meta):
+    """The tiktoken.Encoding of the tokenizer.tiktoken in a folder, of a data set or of a run. meta: of the
+    data set. UserError if the file is not the one that meta names by size and sha256."""
+    path, published = Path(folder) / "tokenizer.tiktoken", meta["files"]["tokenizer.tiktoken"]
+    if state_of(path)[0] != published["size"] or hash_of(path) != published["sha256"]:
+        raise UserError(f"{path} was altered: its size or sha256 is not that of its data set's meta.json")
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if list(ranks.values()) != list(range(meta["vocab_size"] - 1)) or len(lines) != len(ranks):
+            raise ValueError(f"its ranks are not 0 to {meta['vocab_size'] - 2}")
+        if not {bytes([byte]) for byte in range(256)} <= set(ranks):
+            raise ValueError("a single byte has no token")
+    except ValueError as error:
+        raise UserError(f"{path} is no tokenizer of this vocabulary ({error}); make it again") from None
+    with tiktoken_errors(f"the pattern of {path}"):
+        return make_encoding(ranks, meta["tokenizer"]["pattern"], meta["tokenizer"]["name"])
 
 
 # -------------------------------------------------------------------------------- text and tokens
@@ -231,6 +405,7 @@ def new_dataset(folder, **meta):
 # two digits, runs of signs, ends of lines, white space. After GPT-4's pattern.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
            r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+PIECE = 1 << 17  # characters that tiktoken gets at once: it fails on a run of a million blanks
 
 
 def make_encoding(ranks, pattern, name="bpe"):
@@ -239,55 +414,85 @@ def make_encoding(ranks, pattern, name="bpe"):
                              special_tokens={SEPARATOR: len(ranks)})
 
 
+@contextlib.contextmanager
+def tiktoken_errors(what):
+    """Errors of tiktoken or rustbpe become a UserError that names what they were given."""
+    try:
+        yield
+    except BaseException as error:  # panics of Rust code are no Exception
+        if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None  # what becomes of a Ctrl-C in there
+        panic = type(error).__name__ == "PanicException"
+        if not panic and (isinstance(error, MemoryError) or not isinstance(error, Exception)):
+            raise
+        raise UserError(f"tiktoken failed on {what} ({type(error).__name__}: {error})") from None
+
+
 def token_bytes(encoding):
-    """Bytes of text that each token stands for, (vocab_size,): none for the separator."""
-    return np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab - 1)] + [0])
+    """Bytes of text that each token stands for, (vocab_size,) int64: none for the separator."""
+    sizes = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab - 1)]
+    return np.array([*sizes, 0])
+
+
+def pieces(document):
+    """Cuts a long document at the start of a line that is not blank, where tokens end anyway; where there is
+    none, in a run of a million blanks say, anywhere."""
+    start = 0
+    while len(document) - start > PIECE:
+        line = re.compile(r"(?s:.*)\n(?=[^\S\r\n]*\S)").match(document, start, start + PIECE)
+        end = line.end() if line else start + PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
 
 
 def train_tokenizer(documents, vocab_size, sample=32_000_000):
-    """Byte-pair encoding learned from the first `sample` characters of the documents."""
-    if not 257 <= vocab_size <= 65536:
-        raise UserError(f"--vocab_size must be from 257 (bytes and separator) to 65536 (uint16), not {vocab_size}")
+    """A tiktoken.Encoding: byte-pair encoding learned from the first `sample` characters of the documents."""
+    if not 257 <= vocab_size <= 1_000_000:
+        raise UserError(f"--vocab_size must be from 257 (bytes and separator) to 1000000, not {vocab_size}")
 
     def head():
         left = sample
-        for document in documents:
-            yield document[:left]
-            left -= len(document)
+        for piece in itertools.chain.from_iterable(map(pieces, documents)):
+            yield piece[:left]
+            left -= len(piece)
             if left <= 0:
                 return
 
     print(f"learning a vocabulary of {vocab_size:,} tokens", flush=True)
     bpe = rustbpe.Tokenizer()
-    try:
+    with tiktoken_errors("the training documents"):
         bpe.train_from_iterator(head(), vocab_size - 1, pattern=PATTERN)
-    except SystemError as error:  # what becomes of a Ctrl-C in there
-        raise error.__cause__ or error
     return make_encoding({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}, PATTERN)
 
 
 def tokenize(documents, encoding, title):
-    """Yields the tokens of the documents as uint16 arrays, the separator before each document."""
-    separator = encoding.eot_token
+    """Yields the tokens of the documents as uint32 arrays, the separator before each document."""
+    stream = ((i == 0, piece) for document in documents for i, piece in enumerate(pieces(document)))
     with tqdm(total=sum(map(len, documents)), desc=title, unit="B", unit_scale=True, disable=None) as bar:
-        for start in range(0, len(documents), 256):
-            batch = documents[start:start + 256]
-            try:
-                tokens = encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
-            except BaseException as error:  # what a panic of tiktoken's Rust code is derived from
-                if type(error).__name__ != "PanicException":
-                    raise
-                raise UserError("tiktoken cannot read a document with a run of a million blanks; break or remove it") from None
-            yield np.concatenate([np.array([separator, *t], dtype=np.uint16) for t in tokens])
-            bar.update(sum(map(len, batch)))
+        while batch := list(itertools.islice(stream, 256)):
+            texts = [piece for _, piece in batch]
+            with tiktoken_errors(f"text near {texts[0][:40]!r}"):
+                tokens = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            starts = [[encoding.eot_token] * first for first, _ in batch]
+            yield np.concatenate([np.array([*start, *t], dtype=np.uint32)
+                                  for start, t in zip(starts, tokens, strict=True)])
+            bar.update(sum(map(len, texts)))
+
+
+def in_hash_order(contents):
+    """Indices of different contents (an iterable of bytes), in the order of their hashes: random, but the
+    same whatever the order of the files."""
+    unique = {hashlib.sha256(content).digest(): i for i, content in enumerate(contents)}
+    return [unique[digest] for digest in sorted(unique)]
 
 
 def split_documents(documents):
-    """(train, val): whole documents in the order of their hashes, so that the split is random, the
-    same whatever the order of the files, and no text is in both. A hundredth goes to val, a tenth of
-    a set under 10 MB. Where that leaves val less than half full, it gets the end of the longest document."""
-    unique = {hashlib.sha256(d.encode()).digest(): d for d in documents if d.strip()}
-    documents = [unique[digest] for digest in sorted(unique)]
+    """(train, val): whole documents in the order of their hashes, so that no text is in both. A hundredth
+    goes to val, a tenth of a set under 10 MB. Where that leaves val less than half full, it gets the end of
+    the longest document. Empty documents and duplicates are dropped. UserError if there is too little."""
+    documents = [document for document in documents if document.strip()]
+    documents = [documents[i] for i in in_hash_order(document.encode() for document in documents)]
     size = sum(map(len, documents))
     val_size = size // 100 if size > 10_000_000 else size // 10
     train, val, filled = [], [], 0
@@ -310,124 +515,62 @@ def split_documents(documents):
     return train, val
 
 
-def write_tokens(folder, splits, encoding, source):
-    """Writes a text data set. splits: {'train': ..., 'val': ...}, each an iterable of uint16 arrays."""
+def read_documents(path):
+    """The documents of a UTF-8 file. A line that holds only <|endoftext|>, and perhaps blanks, separates
+    them; several in a row, or at an end of the file, separate nothing."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    blanks = r"[ \t\ufeff]*"  # a BOM stands inside a file when files were joined
+    line = rf"(?:(?:\A|\r?\n){blanks}{re.escape(SEPARATOR)}{blanks}(?=\r?\n|\Z))"
+    documents = re.split(rf"{line}+(?:\r?\n)?", text)
+    return [document for i, document in enumerate(documents)
+            if document or 0 < i < len(documents) - 1 or len(documents) == 1]
+
+
+def write_tokens(folder, splits, encoding, **about):
+    """Writes a text data set. splits: {'train': ..., 'val': ...}, each an iterable of arrays of token ids."""
     lengths = token_bytes(encoding)
-    with new_dataset(folder, kind="text", vocab_size=encoding.n_vocab, source=source,
+    with new_dataset(folder, encoding.n_vocab, kind="text", **about,
                      tokenizer=dict(name=encoding.name, pattern=encoding._pat_str)) as (new, meta):
+        id_type = np.dtype(meta["dtype"]).newbyteorder("<")
         for split, arrays in splits.items():
-            tokens = text_bytes = 0
+            counts = meta[split] = dict(tokens=0, bytes=0, documents=0)
             with open(new / f"{split}.bin", "wb") as file:
                 for array in arrays:
-                    file.write(array.astype("<u2").tobytes())
-                    tokens, text_bytes = tokens + len(array), text_bytes + int(lengths[array].sum())
-            meta[split] = dict(tokens=tokens, bytes=text_bytes)
+                    file.write(array.astype(id_type).tobytes())
+                    counts["tokens"] += len(array)
+                    counts["bytes"] += int(lengths[array].sum())
+                    counts["documents"] += int((array == encoding.eot_token).sum())
         with open(new / "tokenizer.tiktoken", "wb") as file:
             for rank in range(encoding.n_vocab - 1):  # the last one is the separator
                 file.write(base64.b64encode(encoding.decode_single_token_bytes(rank)) + b" %d\n" % rank)
-    print(f"{folder}: {meta['train']['tokens']:,} tokens to train ({meta['train']['bytes']:,} bytes), "
-          f"{meta['val']['tokens']:,} to validate ({meta['val']['bytes']:,} bytes), "
-          f"vocabulary {encoding.n_vocab:,}, {source}")
 
 
-def write_texts(folder, documents, encoding, source):
-    """Makes a data set of documents (a list of str). encoding: a tiktoken.Encoding, or the size of a
-    vocabulary to learn from the training documents."""
-    train, val = split_documents(documents)
-    if isinstance(encoding, int):
-        encoding = train_tokenizer(train, encoding)
+def write_texts(folder, documents, vocab_size, source):
+    """Makes a data set of documents (a list of str), with a vocabulary learned from those to train."""
+    texts = [document for document in documents if document.strip()]
+    dropped = dict(empty=len(documents) - len(texts), duplicate=len(texts) - len(set(texts)))
+    kept = len(set(texts))
+    marks = sum(document.count(SEPARATOR) for document in set(texts))
+    print(f"{kept:,} documents; dropped {dropped['duplicate']:,} duplicate, {dropped['empty']:,} empty")
+    if marks:
+        print(f"{marks:,} {SEPARATOR} inside lines are taken as text; a separator has a line of its own")
+    train, val = split_documents(texts)
+    encoding = train_tokenizer(train, vocab_size)
     splits = dict(train=tokenize(train, encoding, "train"), val=tokenize(val, encoding, "val"))
-    write_tokens(folder, splits, encoding, source)
-
-
-# ------------------------------------------------------------------------------ pictures and records
-
-
-@contextlib.contextmanager
-def new_records(folder, classes, n_codes, grid, **about):
-    """A data set of pictures in the making: yields (folder, meta, write), where write(split, labels (n,),
-    codes (n, rows·columns)) adds n records. UserError if a split stays empty."""
-    if (vocab_size := n_codes + len(classes) + 1) > 65536:
-        raise UserError(f"{n_codes} codes, {len(classes)} classes and the empty class are more than 65536 (uint16)")
-    length = 1 + grid[0] * grid[1]
-    counts = dict(train=0, val=0)
-    with new_dataset(folder, kind="image", vocab_size=vocab_size, n_codes=n_codes, classes=classes, grid=grid, **about) as (new, meta), \
-            open(new / "train.bin", "wb") as train_file, open(new / "val.bin", "wb") as val_file:
-        files = dict(train=train_file, val=val_file)
-
-        def write(split, labels, codes):
-            records = np.column_stack((n_codes + np.asarray(labels, dtype=np.int64), codes))
-            files[split].write(records.astype("<u2").tobytes())
-            counts[split] += len(records)
-
-        yield new, meta, write
-        train_file.close(), val_file.close()
-        if not all(counts.values()):
-            raise UserError(f"{about['source']}: too few pictures to split into training and validation")
-        val = np.fromfile(new / "val.bin", dtype="<u2").reshape(-1, length)  # an evaluation takes the first ones
-        np.random.default_rng(0).permutation(val).tofile(new / "val.bin")
-        meta |= {split: dict(records=n, tokens=n * length) for split, n in counts.items()}
-    print(f"{folder}: {counts['train']:,} records to train, {counts['val']:,} to validate, {len(classes):,} classes, "
-          f"{n_codes:,} codes, {grid[0]}×{grid[1]} of them a picture, {about['source']}")
-
-
-def write_pictures(folder, train, val, classes, n_codes, source, variants=()):
-    """Makes a data set of pictures with a codebook of its own. train, val: (uint8 images (N, h, w, 3), labels (N,)).
-    variants: the training images again in other ways, mirrored say, for more records: arrays (N, h, w, 3)."""
-    try:
-        codebook = fit_codebook(train[0], n_codes)
-    except ValueError as error:
-        raise UserError(f"{error}; lower --codebook_size") from None
-    grid = [train[0].shape[1] // 2, train[0].shape[2] // 2]
-    with new_records(folder, classes, n_codes, grid, decoder="codebook", source=source) as (new, meta, write):
-        np.save(new / "codebook.npy", codebook)
-        used = np.zeros(n_codes, dtype=bool)
-        for images in (train[0], *variants):
-            codes = encode(images, codebook)
-            used[codes] = True
-            write("train", train[1], codes)
-        images, labels = val
-        codes = encode(images, codebook)
-        write("val", labels, codes)
-        decoded = decode(codes, codebook, grid)
-        meta |= dict(psnr=psnr(images, decoded), codes_used=float(used.mean()))
-        pairs = np.stack((images, decoded), axis=1)  # (N, 2, h, w, 3)
-        shown = [c for c in range(len(classes)) if (labels == c).any()][:20]
-        sheet([pairs[labels == c][:5].reshape(-1, *images.shape[1:]) for c in shown], [classes[c] for c in shown]
-              ).save(new / "contact_sheet.png")
-    print(f"held-out pictures and what their codes decode to: {meta['psnr']:.1f} dB PSNR; {meta['codes_used']:.1%} of the codes are used to train; "
-          f"look at {folder / 'contact_sheet.png'}")
-
-
-def split_pictures(images, labels):
-    """((images, labels) to train, to validate): a tenth of each class is held out, chosen by the hash of its
-    pixels, so that the split is random, does not depend on the order, and no picture of a class is in both."""
-    train, val = [], []
-    for label in np.unique(labels):
-        unique = {hashlib.sha256(images[i].tobytes()).digest(): i for i in np.flatnonzero(labels == label)}
-        indices = [unique[digest] for digest in sorted(unique)]
-        n_val = min(len(indices) - 1, max(1, len(indices) // 10))
-        val += indices[:n_val]
-        train += indices[n_val:]
-    if not val:
-        raise UserError("there is no class with two different pictures, one to train and one to validate")
-    return [(images[part], labels[part]) for part in (train, val)]
-
-
-def held_out(i, n, stretch=1):
-    """Whether record i of about n, which lie in the order of their classes, is for validation: a hundredth
-    is, of fewer than 10,000 a tenth, in whole stretches."""
-    every = 100 if n >= 10_000 else 10
-    return i // stretch % every == every // 2
+    write_tokens(folder, splits, encoding, source=source, documents=kept, dropped=dropped,
+                 marks_in_text=marks)
 
 
 # -------------------------------------------------------------------------------------- downloads
 
 
 def download(url, path, size=None, sha256=None, md5=None, patience=1.0):
-    """Fetches url into path unless it is there. A cut connection is resumed where it broke, up to
-    four times in a row without progress, and by the next call. Size and hash are checked where they
-    are given or the Hugging Face hub publishes them. Waits patience · 1, 2, 4 seconds in between."""
+    """Fetches url into path unless it is there → path. A cut connection is resumed where it broke, up to
+    four times in a row without progress, and by the next call. Size and hash are checked where they are
+    given or the Hugging Face hub publishes them. Waits patience · 1, 2, 4 seconds in between. UserError."""
     path = Path(path)
 
     def check(file, what_to_do):
@@ -438,6 +581,7 @@ def download(url, path, size=None, sha256=None, md5=None, patience=1.0):
                 raise UserError(f"{file} of {url} has another {kind} than published; {what_to_do}")
 
     if path.exists():
+        state_of(path)
         check(path, "remove it and run again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,39 +593,48 @@ def download(url, path, size=None, sha256=None, md5=None, patience=1.0):
             headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
             with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
                 resumed = reply.status_code == 206
-                if reply.status_code == 416 or resumed and not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    part.unlink()  # what we have is not the beginning of this file, or the server cannot resume
+                answer = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", ""))
+                if reply.status_code == 416 or resumed and not (answer and int(answer[1]) == have):
+                    part.unlink(missing_ok=True)  # what we have is not the beginning of this file
                     raise requests.ConnectionError("the server did not resume where the download broke")
                 if reply.status_code >= 500 or reply.status_code == 429:
                     raise requests.ConnectionError(f"the server answered {reply.status_code}")
                 if reply.status_code not in (200, 206):
                     raise UserError(f"{url} answered {reply.status_code} {reply.reason}; has it moved?")
-                for answer in [*reply.history, reply]:  # the hub says it in the redirect to its store
-                    size = size or int(answer.headers.get("X-Linked-Size", 0)) or None
-                    etag = answer.headers.get("X-Linked-ETag", "").strip('"')  # a sha256 of large files only
+                for said in [*reply.history, reply]:  # the hub says it in the redirect to its store
+                    size = size or int(said.headers.get("X-Linked-Size", 0)) or None
+                    etag = said.headers.get("X-Linked-ETag", "").strip('"')  # a sha256 of large files only
                     sha256 = sha256 or (etag if len(etag) == 64 else None)
-                if "Content-Length" not in reply.headers and not size:
-                    raise UserError(f"{url} does not say how long it is, so that a cut could not be seen; fetch {path} by other means")
                 have = have if resumed else 0
-                total = have + int(reply.headers["Content-Length"]) if "Content-Length" in reply.headers else size
+                if resumed and answer[2] != "*":
+                    total = int(answer[2])
+                elif "Content-Length" in reply.headers:
+                    total = have + int(reply.headers["Content-Length"])
+                elif size:
+                    total = size
+                else:
+                    raise UserError(f"{url} does not say how long it is, so that a cut could not be seen; "
+                                    f"fetch {path} by other means")
                 if size and total != size:
                     part.unlink(missing_ok=True)
                     raise UserError(f"{url} has {total} bytes, expected {size}; it is not the published file")
                 with open(part, "ab" if resumed else "wb") as file, \
-                        tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                        tqdm(total=total, initial=have, desc=path.name, unit="B", unit_scale=True,
+                             disable=None) as bar:
                     for block in reply.iter_content(1 << 16):
                         file.write(block)
                         bar.update(len(block))
             if part.stat().st_size == total:
                 break
             raise requests.ConnectionError("the connection was cut")
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # ValueError: of headers that are no numbers
             have = part.stat().st_size if part.exists() else 0
             failures = 1 if have > best else failures + 1
             best = max(best, have)
             if failures == 4:
-                raise UserError(f"cannot download from {urlsplit(url).netloc} ({type(error).__name__}); what came is kept, "
-                                "run again to go on; `python prepare_data.py python` and `digits` need no network") from None
+                raise UserError(f"cannot download from {urlsplit(url).netloc} ({type(error).__name__}); what "
+                                "came is kept, run again to go on; the data sets shakespeare, python and "
+                                "digits need no network") from None
             time.sleep(patience * 2 ** (failures - 1))
     try:
         check(part, "it was removed, run again")
@@ -496,15 +649,29 @@ def gpt2_encoding():
     """GPT-2's tokens, which tiktoken downloads once."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except requests.RequestException as error:
-        raise UserError(f"cannot download GPT-2's vocabulary ({type(error).__name__}); "
-                        "`python prepare_data.py python` needs no network") from None
+    except (requests.RequestException, ValueError) as error:
+        raise UserError(f"cannot download GPT-2's vocabulary ({type(error).__name__}); the data sets "
+                        "shakespeare and python need no network") from None
 
 
-# ----------------------------------------------------------------------------------- the data sets
+# ----------------------------------------------------------------------------------- sets of text
 
 
-def prepare_python(folder, vocab_size):
+def prepare_shakespeare(folder, vocab_size=1024):
+    """The works of William Shakespeare, which lie beside this file."""
+    try:
+        text = lzma.decompress(SHAKESPEARE.read_bytes())
+    except (FileNotFoundError, lzma.LZMAError):
+        text = b""
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(f"{SHAKESPEARE} is missing or damaged; get it again with this program")
+    documents = text.decode().split(f"\n{SEPARATOR}\n")
+    write_texts(folder, documents, vocab_size,
+                "William Shakespeare's works in Project Gutenberg's public-domain editions, as collected by "
+                "the Open Shakespeare project of the Open Knowledge Foundation (CC BY 2.5)")
+
+
+def prepare_python(folder, vocab_size=DEFAULT_VOCAB_SIZE):
     """Every .py file of the standard library and the installed packages of this interpreter."""
     paths = sysconfig.get_paths()
     files = set()
@@ -512,20 +679,13 @@ def prepare_python(folder, vocab_size):
         for where, folders, names in os.walk(root):
             if root == paths["stdlib"]:  # packages of the interpreter behind a virtual environment
                 folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages")]
-            files.update(os.path.join(where, name) for name in names if name.endswith(".py"))
+            files.update(Path(where, name) for name in names if name.endswith(".py"))
     documents = []
-    for file in files:
-        with contextlib.suppress(UnicodeDecodeError, OSError):  # a few test files are not UTF-8; dangling links
-            documents.append(Path(file).read_bytes().decode())
+    for file in filter(Path.is_file, files):  # not dangling links
+        with contextlib.suppress(UnicodeDecodeError, OSError):  # a few test files are not UTF-8
+            documents.append(file.read_bytes().decode())
     write_texts(folder, documents, vocab_size,
                 f"{len(files):,} .py files of Python {sys.version.split()[0]} and its installed packages")
-
-
-def prepare_shakespeare(folder):
-    """Tiny Shakespeare, 1.1 MB, in GPT-2's tokens."""
-    encoding = gpt2_encoding()
-    path = download(path=folder.parent / "downloads" / "tinyshakespeare.txt", **SHAKESPEARE)
-    write_texts(folder, [path.read_text(encoding="utf-8")], encoding, SHAKESPEARE["url"])
 
 
 def prepare_fineweb_edu(folder, shards):
@@ -533,37 +693,52 @@ def prepare_fineweb_edu(folder, shards):
     if not 1 <= shards <= FINEWEB_EDU_SHARDS:
         raise UserError(f"--shards must be from 1 to {FINEWEB_EDU_SHARDS}, not {shards}")
     encoding = gpt2_encoding()
-    names = ["edu_fineweb_val_000000.bin"] + [f"edu_fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
+    names = ["val_000000", *(f"train_{i:06d}" for i in range(1, shards + 1))]
+    names = [f"edu_fineweb_{name}.bin" for name in names]
     paths = [download(FINEWEB_EDU + name, folder.parent / "downloads" / name) for name in names]
 
     def tokens(path):  # llm.c's format: 256 int32, of which magic, version, count; then uint16
         header = np.fromfile(path, dtype="<i4", count=256)
-        if len(header) < 256 or tuple(header[:2]) != (20240520, 1) or path.stat().st_size != 1024 + 2 * header[2]:
+        if (len(header) < 256 or tuple(header[:2]) != (20240520, 1) or header[2] < 1
+                or path.stat().st_size != 1024 + 2 * int(header[2])):
             raise UserError(f"{path} is not a complete shard of tokens; remove it and run again")
         shard = np.memmap(path, dtype="<u2", mode="r", offset=1024)
         for start in range(0, len(shard), 1 << 22):
             block = shard[start:start + (1 << 22)]
             if block.max() >= encoding.n_vocab:
-                raise UserError(f"{path} has token {block.max()}, outside GPT-2's vocabulary; remove it and run again")
+                raise UserError(f"{path} has token {block.max()}, outside GPT-2's vocabulary; "
+                                "remove it and run again")
             yield block
 
     splits = dict(train=(block for path in paths[1:] for block in tokens(path)), val=tokens(paths[0]))
-    write_tokens(folder, splits, encoding, f"{FINEWEB_EDU} ({shards} of {FINEWEB_EDU_SHARDS} shards)")
+    write_tokens(folder, splits, encoding, source=f"{FINEWEB_EDU} ({shards} of {FINEWEB_EDU_SHARDS} shards)")
 
 
 def prepare_text(folder, files, vocab_size):
-    """One's own files. A line <|endoftext|> separates documents; each file is at least one."""
-    documents = []
-    for file in files:
-        try:
-            documents += re.split(rf"\r?\n{re.escape(SEPARATOR)}\r?\n", Path(file).read_bytes().decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it first") from None
-    write_texts(folder, documents, vocab_size, f"{len(files)} file(s): {', '.join(Path(f).name for f in files[:5])}")
+    """One's own files, see read_documents; each file is at least one document."""
+    documents = [document for file in files for document in read_documents(file)]
+    names = ", ".join(Path(file).name for file in files[:5])
+    write_texts(folder, documents, vocab_size, f"{len(files)} file(s): {names}")
+
+
+# --------------------------------------------------------------------------------- sets of images
+
+
+@contextlib.contextmanager
+def image_code():
+    """The module image_data, which text does not need, nor its Pillow. Its ValueErrors become UserErrors."""
+    try:
+        import image_data
+    except ImportError as error:
+        raise UserError(f"images need more packages ({error}); pip install -r requirements.txt") from None
+    try:
+        yield image_data
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_digits():
-    """(images uint8 (1797, 8, 8, 3), labels) of the scans that lie beside this file."""
+    """(images uint8 (1797, 8, 8, 3), labels int64 (1797,)) of the scans that lie beside this file."""
     if not DIGITS.exists() or hash_of(DIGITS) != DIGITS_SHA256:
         raise UserError(f"{DIGITS} is missing or damaged; get it again with this program")
     with np.load(DIGITS) as digits:
@@ -571,209 +746,111 @@ def load_digits():
         return np.repeat(images[..., None], 3, axis=-1), digits["labels"].astype(np.int64)
 
 
-def varied(images, seed, degrees=8, stretch=0.08, shift=0.5):
-    """The images (N, h, w, 3), each turned, stretched and shifted (in pixels) a little, by random amounts up to these."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    u = 2 * torch.rand(5, len(pixels), generator=torch.Generator().manual_seed(seed)) - 1
-    angle, (x, y) = u[0] * math.radians(degrees), u[1:3] * shift * 2 / pixels.size(-1)
-    rows = [(1 + stretch * u[3]) * angle.cos(), -angle.sin(), x], [angle.sin(), (1 + stretch * u[4]) * angle.cos(), y]
-    grid = F.affine_grid(torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1), pixels.shape, align_corners=False)
-    return F.grid_sample(pixels, grid, align_corners=False).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+def split_images(images, labels):
+    """((images, labels) to train, to validate): a tenth of each class is held out, chosen by the hash of its
+    pixels, so that no image of a class is in both. Duplicates in a class are dropped. UserError if no class
+    has two images."""
+    train, val = [], []
+    for label in np.unique(labels):
+        of_label = np.flatnonzero(labels == label)
+        indices = of_label[in_hash_order(images[i].tobytes() for i in of_label)]
+        n_val = min(len(indices) - 1, max(1, len(indices) // 10))
+        val += [*indices[:n_val]]
+        train += [*indices[n_val:]]
+    if not val:
+        raise UserError("there is no class with two different images, one to train and one to validate")
+    return [(images[part], labels[part]) for part in (train, val)]
 
 
 def prepare_digits(folder):
-    """Handwritten digits, 16 codes each. The scans are so few that each is taken to train 16 times, varied."""
-    train, val = split_pictures(*load_digits())
-    write_pictures(folder, train, val, [str(i) for i in range(10)], 256,
-                   "UCI's handwritten digits (https://doi.org/10.24432/C50P49, CC BY 4.0)",
-                   variants=(varied(train[0], seed) for seed in range(15)))
+    """Handwritten digits, 16 codes each. The scans are so few that each is used 16 times, varied."""
+    train, val = split_images(*load_digits())
+    with image_code() as code:
+        code.write_images(partial(new_dataset, folder), train, val, [str(i) for i in range(10)], 256,
+                          variants=(code.varied(train[0], seed) for seed in range(15)),
+                          source="UCI's handwritten digits (https://doi.org/10.24432/C50P49, CC BY 4.0)")
 
 
 def prepare_cifar10(folder, n_codes):
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 pictures and their mirror images to train, 10,000 to validate."""
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 images and their mirror images to train, 10,000 to validate."""
     name = CIFAR10["url"].rsplit("/")[-1]
     path = folder.parent / name  # where somebody may have put it
     path = path if path.exists() else folder.parent / "downloads" / name
-    if not path.exists():
-        download(CIFAR10["url"], path, md5=CIFAR10["md5"])
-    parts, record = {}, 1 + 3 * 32 * 32
-    try:
-        with tarfile.open(path, "r|gz") as archive:
-            for member in archive:
-                name = os.path.basename(member.name)
-                if member.isfile() and re.fullmatch(r"(data_batch_[1-5]|test_batch)\.bin", name):
-                    if member.size != CIFAR10["batch"] * record:
-                        raise UserError(f"{path}: {name} has {member.size} bytes, expected {CIFAR10['batch'] * record}; remove it and run again")
-                    parts[name] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, record)
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole archive ({error}); remove it and run again") from None
-    if len(parts) != 6:
-        raise UserError(f"{path} has {len(parts)} of the 6 files of CIFAR-10; remove it and run again")
-
-    def pictures(split, names):
-        rows, each = np.concatenate([parts[name] for name in names]), len(names) * CIFAR10["batch"] // 10
-        if np.bincount(rows[:, 0], minlength=10).tolist() != [each] * 10:
-            raise UserError(f"{path} does not have {each:,} {split} pictures of each class; remove it and run again")
-        return np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].astype(np.int64)
-
-    train = pictures("training", [f"data_batch_{i}.bin" for i in range(1, 6)])
-    write_pictures(folder, train, pictures("test", ["test_batch.bin"]),
-                   "airplane automobile bird cat deer dog frog horse ship truck".split(), n_codes, CIFAR10["url"],
-                   variants=[train[0][:, :, ::-1]])
+    download(CIFAR10["url"], path, md5=CIFAR10["md5"])
+    with image_code() as code:
+        train, val = code.read_cifar10(path, CIFAR10["batch"])
+        classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+        code.write_images(partial(new_dataset, folder), train, val, classes, n_codes,
+                          variants=[train[0][:, :, ::-1]], source=CIFAR10["url"])
 
 
 def prepare_images(folder, source, image_size, n_codes):
-    """One's own pictures, one folder a class: the middle square of each, in image_size² pixels."""
-    if image_size < 2 or image_size % 2:
-        raise UserError(f"--image_size must be an even number of pixels, not {image_size}")
-    if not source.is_dir():
-        raise UserError(f"there is no folder {source}")
-    classes = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    images, labels, bad = [], [], []
-    for label, name in enumerate(tqdm(classes, desc="reading", unit=" classes", disable=None)):
-        for path in sorted((source / name).rglob("*")):
-            if path.is_dir() or path.name.startswith("."):
-                continue
-            try:
-                with Image.open(path) as image:
-                    image = ImageOps.exif_transpose(image).convert("RGB")
-                    images.append(np.asarray(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)))
-                labels.append(label)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damage
-                bad.append(path)
-    if bad:
-        print(f"skipped {len(bad)} file(s) that are no readable picture: {', '.join(map(str, bad[:10]))}{', …' * (len(bad) > 10)}")
-    if empty := [name for label, name in enumerate(classes) if label not in set(labels)]:
-        raise UserError(f"{source / empty[0]} has no readable picture; every folder is a class and needs some")
-    if not images:
-        raise UserError(f"{source} has no folders of pictures; it needs one for each class")
-    train, val = split_pictures(np.stack(images), np.array(labels))
-    write_pictures(folder, train, val, classes, n_codes, f"{len(images):,} pictures of {source.name}")
-
-
-def load_maskgit(path):
-    """MaskGIT's decoder with the weights of a file. UserError if the file has others."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, dict):
-            raise ValueError("it holds no weights by name")
-        decoder = MaskGITDecoder()
-        wanted = decoder.state_dict()
-        for name, tensor in wanted.items():
-            if name not in weights:
-                raise ValueError(f"it has no {name}")
-            if weights[name].shape != tensor.shape:
-                raise ValueError(f"its {name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}")
-        if other := [name for name in weights if name.startswith(("decoder.", "quantize.")) and name not in wanted]:
-            raise ValueError(f"its {other[0]} is not of this decoder")
-        decoder.load_state_dict({name: weights[name] for name in wanted})
-        return decoder.eval()
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not the decoder of MaskGIT's VQGAN ({message}); remove it and run again") from None
-
-
-def check_codes(codes, n_codes, label, n_classes, where):
-    """UserError, saying where, unless codes is (..., 256) whole numbers below n_codes and label one below n_classes."""
-    if codes.ndim < 1 or codes.shape[-1] != 256 or codes.dtype.kind not in "iu":
-        raise UserError(f"{where}: has codes of shape {codes.shape} and type {codes.dtype}, expected 256 whole numbers")
-    if codes.min() < 0 or codes.max() >= n_codes:
-        raise UserError(f"{where}: has code {codes.max() if codes.max() >= n_codes else codes.min()}, expected 0 to {n_codes - 1}")
-    if type(label) is not int or not 0 <= label < n_classes:
-        raise UserError(f"{where}: has class {label!r}, expected 0 to {n_classes - 1}")
-
-
-IMAGENET_CLASSES = [str(i) for i in range(1000)]
+    """One's own images, one folder a class: the middle square of each, in image_size² pixels."""
+    with image_code() as code:
+        images, labels, classes, unreadable = code.read_images(source, image_size)
+        train, val = split_images(images, labels)
+        dropped = dict(unreadable=unreadable, duplicate=len(images) - len(train[0]) - len(val[0]))
+        print(f"{len(images) - dropped['duplicate']:,} images; dropped {dropped['duplicate']:,} duplicate, "
+              f"{unreadable:,} unreadable")
+        code.write_images(partial(new_dataset, folder), train, val, classes, n_codes, dropped=dropped,
+                          source=f"{len(images):,} images of {source.name}")
 
 
 def prepare_imagenet(folder):
-    """ImageNet-1K in MaskGIT's 1,024 codes: JSON lines with class_id and 256 tokens, read one by one. The file does
-    not say which records are crops of one picture; they lie together, so whole stretches are held out."""
-    downloads = folder.parent / "downloads"
-    decoder = load_maskgit(download(MASKGIT_VQGAN, downloads / MASKGIT_VQGAN.rsplit("/")[-1]))
-    path = download(IMAGENET_CODES, downloads / IMAGENET_CODES.rsplit("/")[-1])
-    size = path.stat().st_size
-    with open(path, "rb") as file, tqdm(total=size, desc="records", unit="B", unit_scale=True, disable=None) as bar, \
-            new_records(folder, IMAGENET_CLASSES, 1024, [16, 16], decoder="maskgit", source=IMAGENET_CODES) as (new, _, write):
-        n, shown = 0, []
-        for i, line in enumerate(file):
-            n = n or size // len(line)
-            where = f"{path} line {i + 1}"
-            try:
-                record = json.loads(line)
-                codes = np.array(record["tokens"])
-                label = record["class_id"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{where}: is not a record with class_id and tokens ({error!r}); remove the file and run again") from None
-            check_codes(codes, 1024, label, 1000, where)
-            write("val" if held_out(i, n, stretch=max(1, n // 1600)) else "train", [label], codes.reshape(1, -1))
-            if i % max(1, n // 8) == 0 and len(shown) < 8:
-                shown.append((label, codes))
-            bar.update(len(line))
-        torch.save(decoder.state_dict(), new / "decoder.pt")
-        images = decoder.to_images(np.stack([codes for _, codes in shown]), (16, 16))
-        sheet([image[None] for image in images], [str(label) for label, _ in shown]).save(new / "contact_sheet.png")
+    """ImageNet-1K as codes of MaskGIT's VQGAN, and the decoder of that."""
+    decoder, codes = (download(url, folder.parent / "downloads" / url.rsplit("/")[-1])
+                      for url in (MASKGIT_VQGAN, IMAGENET_CODES))
+    with image_code() as code:
+        code.write_imagenet(partial(new_dataset, folder), codes, decoder, IMAGENET_CODES)
 
 
 def prepare_codes(folder, source):
-    """Codes of LlamaGen's VQGAN (arXiv 2406.06525), as its extraction leaves them: for each picture a file
-    imagenet256_codes/<i>.npy (1, crops, 256) and imagenet256_labels/<i>.npy (1,). Every crop is a record."""
-    names = sorted((path.stem for path in (source / "imagenet256_codes").glob("*.npy")), key=lambda s: (len(s), s))
-    if not names:
-        raise UserError(f"{source / 'imagenet256_codes'} has no .npy files; --codes wants the folder that LlamaGen's extraction wrote to")
-
-    def array(kind, name):
-        path = source / f"imagenet256_{kind}" / f"{name}.npy"
-        try:
-            return np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; every file of codes needs its label") from None
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}); extract it again") from None
-
-    with new_records(folder, IMAGENET_CLASSES, 16384, [16, 16], decoder=None, source=f"LlamaGen codes of {source.name}") as (_, _, write):
-        for i, name in enumerate(tqdm(names, desc="records", unit=" pictures", disable=None)):
-            codes, labels = array("codes", name), array("labels", name)
-            label = labels.item() if labels.size == 1 and labels.dtype.kind in "iu" else None
-            check_codes(codes, 16384, label, 1000, source / "imagenet256_codes" / f"{name}.npy")
-            codes = codes.reshape(-1, 256)
-            write("val" if held_out(i, len(names)) else "train", [label] * len(codes), codes)
+    """ImageNet as codes of LlamaGen's VQGAN, from the folder that its extraction writes to."""
+    with image_code() as code:
+        code.write_codes(partial(new_dataset, folder), source)
 
 
-DEFAULT_VOCAB_SIZE = 16384
-DATASETS = ["python", "shakespeare", "fineweb_edu", "digits", "cifar10", "imagenet"]
+# ------------------------------------------------------------------------------------ command line
+
+DATASETS = ["shakespeare", "python", "fineweb_edu", "digits", "cifar10", "imagenet"]
 
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", choices=DATASETS)
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="make a data set of these files instead")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="or of the pictures in this folder's folders, one a class")
-    parser.add_argument("--codes", type=Path, metavar="DIR", help="or of the codes of ImageNet that LlamaGen's extraction wrote here")
-    parser.add_argument("--name", help="name of the folder (default: that of the data set, or 'text', 'images', 'codes')")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="(default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=1, help="fineweb_edu: how many (default: %(default)s)")
-    parser.add_argument("--vocab_size", type=int, default=DEFAULT_VOCAB_SIZE,
-                        help="python, --text: tokens to learn (default: %(default)s); downloads use GPT-2's 50,257")
-    parser.add_argument("--codebook_size", type=int, default=4096, help="cifar10, --images: codes to learn (default: %(default)s)")
-    parser.add_argument("--image_size", type=int, default=32, help="--images: pixels of an edge (default: %(default)s)")
+    add = parser.add_argument
+    add("dataset", nargs="?", choices=DATASETS)
+    add("--text", nargs="+", metavar="FILE", help="make a data set of these files instead")
+    add("--images", type=Path, metavar="DIR", help="or of the images in this folder's folders, one a class")
+    add("--codes", type=Path, metavar="DIR", help="or of the codes that LlamaGen's extraction wrote here")
+    add("--name", help="name of the folder (default: the data set's, or 'text', 'images', 'codes')")
+    add("--data_dir", type=Path, default=Path("data"), help="(default: %(default)s)")
+    add("--shards", type=int, default=1, help="fineweb_edu: how many (default: %(default)s)")
+    add("--vocab_size", type=int, help="shakespeare, python, --text: tokens to learn (default: 1024 for "
+        f"shakespeare, else {DEFAULT_VOCAB_SIZE}); fineweb_edu has GPT-2's 50,257")
+    add("--codebook_size", type=int, default=4096, help="cifar10, --images: codes (default: %(default)s)")
+    add("--image_size", type=int, default=32, help="--images: pixels of an edge (default: %(default)s)")
     args = parser.parse_args(argv)
     sources = dict(text=args.text, images=args.images, codes=args.codes)
-    given = [args.dataset] * bool(args.dataset) + [name for name, value in sources.items() if value is not None]
+    given = [args.dataset] * bool(args.dataset)
+    given += [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
-        raise UserError(f"name one data set ({', '.join(DATASETS)}) or give one of --text FILE..., --images DIR, --codes DIR")
-    if not 2 <= args.codebook_size <= 65000:
-        raise UserError(f"--codebook_size must be from 2 to 65000, not {args.codebook_size}")
+        raise UserError(f"name one data set ({', '.join(DATASETS)}) or give one of --text FILE..., "
+                        "--images DIR, --codes DIR")
+    if not 2 <= args.codebook_size <= 65536:
+        raise UserError(f"--codebook_size must be from 2 to 65536, not {args.codebook_size}")
     name = given[0] if args.name is None else args.name
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"--name must be the name of a folder in {args.data_dir}, not {name!r}")
     folder = args.data_dir / name
-    if folder.exists():
+    vocab_size = args.vocab_size
+    if vocab_size is None:
+        vocab_size = 1024 if args.dataset == "shakespeare" else DEFAULT_VOCAB_SIZE
+    if os.path.lexists(folder):
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
     {
-        "text": lambda: prepare_text(folder, args.text, args.vocab_size),
-        "python": lambda: prepare_python(folder, args.vocab_size),
-        "shakespeare": lambda: prepare_shakespeare(folder),
+        "text": lambda: prepare_text(folder, args.text, vocab_size),
+        "python": lambda: prepare_python(folder, vocab_size),
+        "shakespeare": lambda: prepare_shakespeare(folder, vocab_size),
         "fineweb_edu": lambda: prepare_fineweb_edu(folder, args.shards),
         "digits": lambda: prepare_digits(folder),
         "cifar10": lambda: prepare_cifar10(folder, args.codebook_size),

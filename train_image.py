@@ -1,74 +1,101 @@
-"""Trains the GPT of move.py on pictures, class by class, and draws new ones.
+"""Trains the GPT of move.py on images, class by class, and makes new ones.
 
-A picture is a sentence [class, code_1 … code_n] in one vocabulary (the codes, the classes, the empty class), so
-that the memory holds concepts of classes and of codes with no new mechanism. The training loop is train_gpt.py's.
+An image is a sentence [class, code_1 … code_n] in one vocabulary (the codes, the classes, the null class), so
+that the memory holds embeddings of classes and of codes with no new mechanism. The loop is train_gpt.py's.
 
     python train_image.py --move_scale 2                           handwritten digits, on a CPU or a GPU
     python train_image.py --move_scale 2 --dataset cifar10 --size B
-    python train_image.py --move_scale 2 --sample --cfg_scale 3    pictures of the trained model, a row a class
-    python train_image.py --move_scale 2 --save_npz 1000           many, for a program that evaluates them
+    python train_image.py --resume                                 go on after Ctrl-C, a crash or a kill
+    python train_image.py --sample --cfg_scale 3                   images of the trained model, a row a class
+    python train_image.py --save_npz 1000                          many, for a program that evaluates them
 
-The empty class replaces a tenth of the classes in training, so that the model also learns pictures without a
-class; drawing moves away from those (classifier-free guidance, arXiv 2207.12598). A run lives in out/<run>/:
-checkpoint.pt, log.jsonl, and samples_<step>.png at every checkpoint. --batch_tokens is by default 256 pictures;
-the data set digits takes the defaults of "elsewhere" on every device.
+--resume, --sample and --save_npz take the newest run in out/, or that of --out_dir, with all its flags. The
+null class replaces a tenth of the classes in training, so that the model also learns images without a class;
+sampling moves away from those (classifier-free guidance, arXiv 2207.12598). A run also writes
+samples_<step>.png at every checkpoint. The data set digits has the same defaults on every device.
 """
-import argparse
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pictures import sheet
-from prepare_data import ArgumentParser, UserError, prepare_digits, run, write_file
-from train_gpt import (add_training_flags, check_batch, load, load_checkpoint, load_model, make_model, memory_advice,
-                       resolve_flags, set_up_machine, train)
+import image_data
+from command_line import find_run, memory_advice, resolve_flags, set_up_machine, training_parser
+from move import sample
+from prepare_data import UserError, prepare_digits, run, write_file
+from train_gpt import check_batch, load, load_model, start_model, train
 
 # LlamaGen's models (arXiv 2406.06525): layers, width, heads.
 SIZES = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (36, 1280, 20), "XXL": (48, 1536, 24)}
-DEFAULTS = {
-    "cuda": dict(depth=12, micro_batch=128, max_steps=1000, eval_every=100, eval_tokens=1 << 22, save_every=500,
-                 dtype="bfloat16", bank_dtype="bfloat16", compile=True),
-    "cpu": dict(depth=2, micro_batch=64, max_steps=400, eval_every=100, eval_tokens=1 << 22, save_every=200,
-                dtype="float32", bank_dtype="float32", compile=False),
-    "dataset": "digits", "temperature": 1.0, "top_k": None, "sizes": SIZES,
-}
+SMALL = dict(dataset="digits", depth=2, batch_tokens=None, micro_batch=64, max_steps=400, eval_every=100,
+             eval_tokens=1 << 22, save_every=200, dtype="float32", bank_dtype="float32", compile=False,
+             temperature=1.0, cfg_scale=1.5)
+LARGE = {**SMALL, **dict(depth=12, micro_batch=128, max_steps=1000, save_every=500, dtype=None,
+                         bank_dtype="bfloat16", compile=True)}
+DEFAULTS = dict(cuda=LARGE, cpu=SMALL)
 
 
 class ImageRecords:
-    """Records (N, 1 + n) as what a GPT reads and what follows: records[(B,) visits] → ids [class, code_1 … code_n-1]
-    and targets [code_1 … code_n], int64 (B, n) each. Visits: see DataOrder.
+    """Records (N, 1 + n) as what a GPT reads and what follows: records[indices (B,)] → ids [class, code_1 …
+    code_n-1] and targets [code_1 … code_n], int64 (B, n) each. Indices: see DataOrder.
 
-    empty: the id of the empty class, which stands for the class of a tenth of the records, evenly spread; in each
-    epoch of others, so that in ten epochs it is each one's once.
+    null_class: the id that stands for the class of a tenth of the records, evenly spread; in each epoch of
+    others, so that in ten epochs it is each one's once.
     """
 
-    def __init__(self, tokens, n, empty=None):
-        self.rows, self.empty = tokens.reshape(-1, 1 + n), empty
+    def __init__(self, tokens, n, null_class=None):
+        self.rows, self.null_class = tokens.reshape(-1, 1 + n), null_class
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, visits):
-        epoch, record = np.divmod(visits, len(self))
+    def __getitem__(self, indices):
+        epoch, record = np.divmod(indices, len(self))
         rows = torch.from_numpy(self.rows[record].astype(np.int64))
-        if self.empty is not None:  # multiples of the golden ratio fill [0, 1) evenly, also those of every second record, and so on
-            rows[torch.from_numpy((record * 0.6180339887498949 + epoch % 10 / 10) % 1 < 0.1), 0] = self.empty
+        if self.null_class is not None:
+            # Multiples of the golden ratio fill [0, 1) evenly, also those of every second record, and so on.
+            without = (record * 0.6180339887498949 + epoch % 10 / 10) % 1 < 0.1
+            rows[torch.from_numpy(without), 0] = self.null_class
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def draw_codes(model, data, classes, args, machine):
-    """New pictures of these classes (N,) → their codes, uint16 (N, n). Drawn args.micro_batch at a time."""
-    n_codes, empty = data.meta["n_codes"], data.meta["vocab_size"] - 1
-    generator = torch.Generator(machine.device).manual_seed(args.seed)
-    batches = []
-    for batch in torch.as_tensor(classes).split(args.micro_batch):
-        prompt = (n_codes + batch.to(machine.device)).unsqueeze(1)
-        codes = model.generate(prompt, model.config.seq_len, args.temperature, args.top_k, args.top_p, n_ids=n_codes,
-                               idx_without=torch.full_like(prompt, empty), cfg_scale=args.cfg_scale, generator=generator)
-        batches.append(torch.stack(list(codes), dim=1).cpu().numpy().astype(np.uint16))
-    return np.concatenate(batches)
+def grid_positions(grid):
+    """(row, column) of the n tokens that a GPT reads of a record, (n, 2): the class at (0, 0), then the codes
+    but the last, row by row, from (1, 1)."""
+    codes = torch.cartesian_prod(*(torch.arange(1, size + 1) for size in grid)).view(-1, 2)
+    return torch.cat((torch.zeros(1, 2, dtype=torch.int64), codes[:-1]))
+
+
+@torch.inference_mode()
+def generate_codes(model, classes, n_codes, null_class, cfg_scale=1.0, temperature=1.0, top_k=None,
+                   top_p=None, generator=None):
+    """Codes of new images (N, n), int64, for token ids of classes (N,) on the model's device.
+
+    Classifier-free guidance reads each image twice, with its class and with the null class:
+    logits = uncond + cfg_scale · (cond − uncond). At a cfg_scale of 1 there is nothing to do.
+    """
+    guided, n, codes = cfg_scale != 1, model.config.seq_len, []
+    idx = torch.cat((classes, torch.full_like(classes, null_class))) if guided else classes
+    cache = model.new_cache(len(idx), n)
+    for _ in range(n):
+        logits = model(idx.unsqueeze(1), cache=cache)[:, -1, :n_codes]
+        if guided:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + cfg_scale * (cond - uncond)
+        codes.append(sample(logits, temperature, top_k, top_p, generator))
+        idx = codes[-1].repeat(2) if guided else codes[-1]
+    return torch.stack(codes, dim=1)
+
+
+def codes_of_classes(model, meta, classes, args):
+    """Codes of new images of these classes (N,), an array → (N, n), args.micro_batch images at a time."""
+    device, n_codes, null_class = model.head.weight.device, meta["n_codes"], meta["vocab_size"] - 1
+    generator = torch.Generator(device).manual_seed(args.seed)
+    batches = [generate_codes(model, n_codes + batch.to(device), n_codes, null_class, args.cfg_scale,
+                              args.temperature, args.top_k, args.top_p, generator).cpu()
+               for batch in torch.as_tensor(classes).split(args.micro_batch)]
+    return torch.cat(batches).numpy()
 
 
 def save(path, write):
@@ -77,87 +104,96 @@ def save(path, write):
 
 
 def save_codes(step, codes, classes, args):
-    """samples_<step>_codes.npy, int64 (N, n), and their classes (N,), for a decoder of elsewhere (LlamaGen's)."""
-    save(args.out_dir / f"samples_{step}_codes.npy", lambda file: np.save(file, codes.astype(np.int64)))
+    """samples_<step>_codes.npy, int64 (N, n), and their classes (N,), for another decoder (LlamaGen's)."""
+    save(args.out_dir / f"samples_{step}_codes.npy", lambda file: np.save(file, codes))
     save(args.out_dir / f"samples_{step}_classes.npy", lambda file: np.save(file, classes))
+
+
+def load_decoder(folder, meta):
+    """image_data's, from the copy in a run's folder."""
+    try:
+        return image_data.load_decoder(folder, meta)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 MAX_ROWS, MAX_COLUMNS, MAX_PIXELS = 20, 10, 2048  # of a page of samples
 
 
-def save_samples(step, model, data, args, machine):
-    """samples_<step>.png: a row of new pictures of each class, or of some; their codes, if there is no decoder."""
-    names = data.meta["classes"]
-    pixels = 16 if data.meta["decoder"] == "maskgit" else 2  # of a code's edge
+def save_samples(step, model, meta, args):
+    """samples_<step>.png: a row of new images a class, of up to 20; their codes, if there is no decoder."""
+    decoder, names = load_decoder(args.out_dir, meta), meta["classes"]
+    pixels = 16 if meta["decoder"] == "maskgit" else image_data.PATCH  # of a code's edge
     most_rows, columns = (min(most, max(1, MAX_PIXELS // (codes * pixels)))
-                          for most, codes in zip((MAX_ROWS, MAX_COLUMNS), data.meta["grid"]))
+                          for most, codes in zip((MAX_ROWS, MAX_COLUMNS), meta["grid"], strict=True))
     classes = np.linspace(0, len(names) - 1, min(most_rows, len(names))).round().astype(np.int64)
-    codes = draw_codes(model, data, classes.repeat(columns), args, machine)
-    images = data.to_images(codes, machine.device)
-    if images is None:
+    codes = codes_of_classes(model, meta, classes.repeat(columns), args)
+    if decoder is None:
         return save_codes(step, codes, classes.repeat(columns), args)
-    page = sheet(images.reshape(len(classes), columns, *images.shape[1:]), [names[c] for c in classes])
+    images = decoder(codes, model.head.weight.device)
+    page = image_data.contact_sheet(images.reshape(len(classes), columns, *images.shape[1:]),
+                                    [names[c] for c in classes])
     save(args.out_dir / f"samples_{step}.png", lambda file: page.save(file, "PNG", optimize=True))
 
 
-def save_many(step, model, data, args, machine):
-    """samples_<step>.npz: --save_npz new pictures, as many of each class, uint8 (N, h, w, 3) under arr_0, as programs
-    that compute an FID read them, their classes under arr_1; or their codes, if there is no decoder."""
-    classes = np.arange(args.save_npz) % len(data.meta["classes"])
+def save_many(step, model, meta, args):
+    """samples_<step>.npz: --save_npz new images, as many of each class, uint8 (N, h, w, 3) under arr_0, as
+    programs that compute an FID read them, their classes under arr_1; their codes, if there is no decoder."""
+    decoder, classes = load_decoder(args.out_dir, meta), np.arange(args.save_npz) % len(meta["classes"])
     start = time.time()
-    codes = draw_codes(model, data, classes, args, machine)
+    codes = codes_of_classes(model, meta, classes, args)
     print(f"{len(codes) / (time.time() - start):,.1f} images/s", flush=True)
-    images = data.to_images(codes, machine.device)
-    if images is None:
+    if decoder is None:
         return save_codes(step, codes, classes, args)
+    images = decoder(codes, model.head.weight.device)
     save(args.out_dir / f"samples_{step}.npz", lambda file: np.savez(file, images, classes))
 
 
 def main(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sampling = add_training_flags(parser, DEFAULTS)
-    sampling.add_argument("--cfg_scale", type=float, default=1.5, help="guidance towards the class; 1: none (default: %(default)s)")
-    sampling.add_argument("--sample", action="store_true", help="do not train: draw samples_<step>.png of the run in --out_dir")
-    sampling.add_argument("--save_npz", type=int, metavar="N", help="do not train: draw N pictures into samples_<step>.npz")
-    args = parser.parse_args(argv)
-    if args.size and args.depth:
-        raise UserError("give --size or --depth, not both")
-    args.depth = SIZES[args.size][0] if args.size else args.depth
-    resolve_flags(args, DEFAULTS if args.dataset != "digits" else {**DEFAULTS, "cuda": DEFAULTS["cpu"]})
-    if not 0 <= args.cfg_scale <= 100:
-        raise UserError(f"--cfg_scale must be from 0 to 100, not {args.cfg_scale:g}")
-    if args.save_npz is not None and args.save_npz < 1:
-        raise UserError(f"--save_npz must be at least 1, not {args.save_npz}")
+    parser, sampling = training_parser(__doc__, DEFAULTS, SIZES)
+    sampling.add_argument("--cfg_scale", type=float,
+                          help="guidance towards the class; 1: none (default: 1.5)")
+    sampling.add_argument("--sample", action="store_true",
+                          help="do not train: make samples_<step>.png of a run")
+    sampling.add_argument("--save_npz", type=int, metavar="N",
+                          help="do not train: make samples_<step>.npz of N images")
+    given = vars(parser.parse_args(argv))
+    only_sample = "sample" in given or "save_npz" in given
+    saved = find_run(given, "image", only_sample) if only_sample or "resume" in given else None
+    if saved is None and "size" in given:
+        if "depth" in given:
+            raise UserError("give --size or --depth, not both")
+        given["depth"] = SIZES[given["size"]][0]
+    dataset = given.get("dataset", "digits")
+    defaults = dict(cuda=SMALL, cpu=SMALL) if dataset == "digits" else DEFAULTS
+    args = resolve_flags(given, defaults, saved and saved["flags"])
     with memory_advice(args):
-        run_command(args)
-
-
-def run_command(args):
-    """Trains; or draws, if there is --sample or --save_npz."""
-    path = args.out_dir / "checkpoint.pt"
-    drawing = args.sample or args.save_npz
-    if (args.resume or drawing) and not path.exists():
-        load_checkpoint(path)  # says so before any data set is made
-    machine = set_up_machine(args)
-    data = load(args, machine, "image", "digits", prepare_digits)
-    args.seq_len = data.meta["grid"][0] * data.meta["grid"][1]
-    if drawing:
-        model, step = load_model(path, data.identity(), args, machine)
-        if args.sample and machine.main:
-            save_samples(step, model, data, args, machine)
-        if args.save_npz and machine.main:
-            save_many(step, model, data, args, machine)
-        return
-
-    args.batch_tokens = args.batch_tokens or 256 * args.seq_len
-    check_batch(args)
-    shape = dict(zip(("n_layers", "dim", "n_heads"), SIZES[args.size])) if args.size else {}
-    model = make_model(args, machine, data, grid=tuple(data.meta["grid"]), **shape)
-    train(args, machine, model, ImageRecords(data.train, args.seq_len, empty=data.meta["vocab_size"] - 1),
-          ImageRecords(data.val, args.seq_len), torch.numel, "bits per image token", data.identity(),
-          after_save=lambda step: save_samples(step, model, data, args, machine))
-    if machine.world > 1:
+        machine = set_up_machine(args)
+        if not only_sample:
+            train_images(args, machine, saved)
+        elif machine.main:
+            model = load_model(saved, args.out_dir, args, machine.device)
+            for flag, make in (("sample", save_samples), ("save_npz", save_many)):
+                if flag in given:
+                    make(saved["step"], model, saved["meta"], args)
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def train_images(args, machine, saved):
+    data = load(args, machine, "image", dict(digits=prepare_digits))
+    rows, columns = data.meta["grid"]
+    args.seq_len = rows * columns
+    args.batch_tokens = args.batch_tokens or 256 * args.seq_len  # 256 images
+    check_batch(args)
+    size = getattr(args, "size", None)
+    shape = dict(zip(("n_layers", "dim", "n_heads"), SIZES[size], strict=True)) if size else {}
+    model = start_model(args, machine, data, saved, LARGE["micro_batch"], grid_positions(data.meta["grid"]),
+                        **shape)
+    sets = (ImageRecords(data.train, args.seq_len, null_class=data.meta["vocab_size"] - 1),
+            ImageRecords(data.val, args.seq_len))
+    train(args, machine, model, data, sets, "bits per image token", torch.numel, saved,
+          after_save=lambda step: save_samples(step, model, data.meta, args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,273 @@
+"""What a run leaves on disk, out/<run>/, and how it goes on from there.
+
+    lock              empty; held while a process trains here
+    log.jsonl         a JSON object a line, each with its step
+    checkpoint.pt     all that the run needs to go on, and to be sampled from: see `save_checkpoint`
+    curves.png        the log as a figure
+    tokenizer.tiktoken, codebook.npy or decoder.pt    a copy of what turns the tokens back
+
+A checkpoint is the zip file of torch.save, which holds a CRC-32 of each tensor: `restore` verifies them.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+from move import GPTConfig
+from prepare_data import UserError, decoder_files, write_file
+
+# ------------------------------------------------------------------------------ the folder and its lock
+
+
+def is_our_log(path):
+    """Whether log.jsonl is empty or starts with a record of a step."""
+    with open(path, errors="replace") as file:
+        line = file.readline()
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        return isinstance(record, dict) and "step" in record
+    return not line.endswith("\n")  # empty, or a first line that a kill cut short
+
+
+@contextlib.contextmanager
+def only_run(folder, resume):
+    """Makes the folder of a run and keeps other runs out of it while the block lasts.
+
+    UserError if another process trains in it, if it holds somebody's own files and no run, or, without
+    `resume`, if it holds a run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"lock"}
+    if names and not (folder / "checkpoint.pt").exists() and not (
+            "log.jsonl" in names and is_our_log(folder / "log.jsonl")):
+        raise UserError(f"{folder} holds files that are not a run's; give another --out_dir")
+    # Neither truncated nor followed where it is a link: whatever lies there stays as it is.
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                raise UserError(f"another process trains in {folder}; wait for it, "
+                                "or give another --out_dir") from None
+            except OSError:  # a file system without locks
+                pass
+        if not resume and (folder / "checkpoint.pt").exists():
+            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --out_dir")
+        yield
+    finally:
+        os.close(lock)
+
+
+def copy_decoder(data, folder):
+    """Copies into the run's folder what turns the tokens of a data set back, unless it is there."""
+    for name in decoder_files(data.meta):
+        if not (folder / name).exists():
+            with open(data.folder / name, "rb") as source:
+                write_file(folder / name, lambda file, source=source: shutil.copyfileobj(source, file))
+
+
+class Log:
+    """Lines for people on the screen, and the same as JSON objects in log.jsonl."""
+
+    def __init__(self, path, keep_to_step=None):
+        """keep_to_step: when a run resumes, what it wrote after its checkpoint is dropped."""
+        lines = []
+        if keep_to_step is not None and path.exists():
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+                    if json.loads(line)["step"] <= keep_to_step:
+                        lines.append(line + "\n")
+        write_file(path, lambda file: file.write("".join(lines).encode()))
+        self.file = open(path, "a")
+
+    def __call__(self, text, **record):
+        print(text, flush=True)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+FORMAT = 2
+SCHEMA = dict(format=int, step=int, losses=list, flags=dict, config=dict, data=dict, meta=dict, model=dict,
+              optimizers=list)
+
+
+def save_checkpoint(folder, model, optimizers, **rest):
+    """Writes checkpoint.pt, whole or not at all. UserError if it cannot be written; the old one is kept.
+
+    rest: step; losses of the steps since the last line of the log; flags of the run; identity of the data
+    set as `data`; its `meta`. Of the optimizers only their state is kept: rates follow from flags and step.
+    """
+    path = folder / "checkpoint.pt"
+    state = dict(format=FORMAT, config=dataclasses.asdict(model.config), model=model.state_dict(),
+                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], **rest)
+    try:
+        write_file(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:
+        kept = "the one before is kept" if path.exists() else "there is none yet"
+        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; "
+                        "make room and --resume") from None
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def damage_named(path):
+    """Whatever fails inside is a damaged checkpoint, and becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # there is no end to what bytes at random make a reader raise
+        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); "
+                        "remove it, or give another --out_dir") from None
+
+
+def require(true, problem):
+    if not true:
+        raise ValueError(problem)
+
+
+def read_checkpoint(folder, mmap=True):
+    """The dict that save_checkpoint wrote, its form checked, tensors on the CPU. With mmap they stay on disk
+    until they are used, and the rest is read at once. UserError if it is missing or damaged."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}; train first, or give the --out_dir of a run")
+    with damage_named(path):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        require(isinstance(state, dict) and state.get("format") == FORMAT, "it is not of this program")
+        for key, kind in SCHEMA.items():
+            require(isinstance(state.get(key), kind), f"its {key} is no {kind.__name__}")
+        plain = (str, int, float, bool, type(None))
+        require(all(type(value) in plain for value in state["flags"].values()), "its flags")
+        require(state["step"] >= 0 and all(type(loss) is float for loss in state["losses"]), "its steps")
+        require(state["meta"].get("kind") in ("text", "image"), "its kind")
+        GPTConfig(**state["config"])
+    return state
+
+
+def restore(folder, model, optimizers=()):
+    """Fills model and optimizers from the run's checkpoint → (step, losses).
+
+    UserError if any bit of it has changed, or if it has not exactly the tensors of this model.
+    """
+    path = folder / "checkpoint.pt"
+    state = read_checkpoint(folder, mmap=False)
+    with damage_named(path):
+        with zipfile.ZipFile(path) as archive:
+            require(not (name := archive.testzip()), f"{name} has another checksum")
+        check_tensors(state["model"], model.state_dict(), "the model")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=bool(optimizers)):
+            check_optimizer(optimizer, saved, state["step"])
+            optimizer.load_state_dict(dict(state=saved, param_groups=optimizer.state_dict()["param_groups"]))
+    return state["step"], state["losses"]
+
+
+def check_tensors(saved, expected, where):
+    """ValueError unless both dicts have the same names, with tensors of the same shapes and dtypes."""
+    other = sorted(saved.keys() ^ expected.keys())
+    require(not other, f"{where} has other tensors: {other}")
+    for name, tensor in expected.items():
+        same = (torch.is_tensor(saved[name]) and saved[name].shape == tensor.shape
+                and saved[name].dtype == tensor.dtype)
+        require(same, f"{name} in {where} is no {tensor.dtype} of shape {tuple(tensor.shape)}")
+
+
+def check_optimizer(optimizer, saved, step):
+    """ValueError unless there is a state of each parameter (of none before the first step), all with the same
+    entries, each a number or a tensor of the parameter's shape."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    require(list(saved) == list(range(len(parameters) if step else 0)), "an optimizer misses parameters")
+    for i, state in saved.items():
+        require(state.keys() == saved[0].keys(), "an optimizer misses entries")
+        for name, tensor in state.items():
+            fits = torch.is_tensor(tensor) and tensor.shape in ((), parameters[i].shape)
+            require(fits, f"{name} of an optimizer has another shape")
+
+
+def newest_run(kind, parent=Path("out")):
+    """The folder in `parent` with the newest checkpoint of a run of this kind, 'text' or 'image'."""
+    paths = sorted(parent.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in paths:
+        if read_checkpoint(path.parent)["meta"]["kind"] == kind:
+            return path.parent
+    raise UserError(f"there is no checkpoint of a run on {kind} data in {parent}; train first, "
+                    "or give --out_dir")
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def read_log(folder, key):
+    """(steps, values) of one key of a run's log."""
+    with open(folder / "log.jsonl") as file:
+        records = [record for line in file if key in (record := json.loads(line))]
+    return [record["step"] for record in records], [record[key] for record in records]
+
+
+def draw_curves(folders, path):
+    """A PNG of one or several runs: training loss and validation bits against steps; the mean gates of each
+    layer that has a router, at the last evaluation and against steps."""
+    from matplotlib.figure import Figure  # takes half a second: not for those who only sample
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (loss, bits), (layers, gates) = figure.subplots(2, 2)
+    later = []  # validation after the first evaluation, which is far above the others
+    for i, folder in enumerate(folders):
+        color = f"C{i}"
+        loss.plot(*read_log(folder, "loss"), color=color, label=folder.name)
+        for unit in ("bits per byte", "bits per image token"):
+            steps, values = read_log(folder, "val_" + unit.replace(" ", "_"))
+            if steps:
+                bits.plot(steps, values, ".-", color=color, label=f"{folder.name}: {values[-1]:.3f}")
+                bits.set_ylabel(unit)
+                later += values[1:]
+        for key, style in (("g_0", "-"), ("g_i", "--")):
+            steps, values = read_log(folder, key)
+            if steps and values[-1]:
+                label = f"{folder.name} {key}"
+                layers.plot(range(1, len(values[-1]) + 1), values[-1], "o" + style, color=color, label=label)
+                for j, layer in enumerate(zip(*values, strict=True)):
+                    # a later layer is darker
+                    gates.plot(steps, layer, style, color=color, linewidth=1,
+                               alpha=0.25 + 0.75 * (j + 1) / len(values[-1]), label=None if j else label)
+    loss.set(title="training loss", xlabel="step", ylabel="nats per token")
+    bits.set(title="validation", xlabel="step")
+    if later:
+        margin = 0.05 * (max(later) - min(later)) + 0.01
+        bits.set_ylim(min(later) - margin, max(later) + margin)
+    layers.set(title="gates at the last evaluation: mean of each layer", xlabel="layer with a router",
+               ylabel="gate")
+    gates.set(title="gates: a line a layer, later layers darker", xlabel="step", ylabel="gate")
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (loss, bits, layers, gates):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center")
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def update_curves(folder):
+    """Draws curves.png anew. A figure is no reason to end a run: what goes wrong is one line."""
+    try:
+        draw_curves([folder], folder / "curves.png")
+    except Exception as error:
+        print(f"{folder / 'curves.png'} is not drawn: {first_line(error)}", flush=True)
