@@ -1,15 +1,78 @@
 """Muon for the matrices, AdamW for the rest, and the schedule of their learning rates."""
+import math
+
 import torch
+import torch.distributed as dist
 
 from move import Linear, memory_parameter_groups
+
+
+def orthogonalize(g, steps=5):
+    """Muon's Newton-Schulz iteration on a stack of matrices (n, rows, columns), in bfloat16 → the same shape:
+    each becomes about U Vᵀ of its singular value decomposition U S Vᵀ. Coefficients: Keller Jordan's."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.size(1) > g.size(2)
+    x = g.mT.bfloat16() if tall else g.bfloat16()
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7).view(-1, 1, 1)
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonalize_shared(matrices):
+    """Matrices of one shape → (n, rows, columns), bfloat16. Each process of a distributed run does its share,
+    and they exchange the results: these products are most of what Muon costs."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return orthogonalize(torch.stack(matrices))
+    share = math.ceil(len(matrices) / world_size)
+    mine = matrices[share * dist.get_rank():share * (dist.get_rank() + 1)]
+    part = torch.zeros(share, *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)
+    if mine:
+        part[:len(mine)] = orthogonalize(torch.stack(mine))
+    whole = part.new_empty(share * world_size, *part.shape[1:])
+    dist.all_gather_into_tensor(whole.view(torch.uint8), part.view(torch.uint8))  # as bytes, for all backends
+    return whole[:len(matrices)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/) with Nesterov momentum, for matrices (rows, columns).
+
+    The same step as torch.optim.Muon's without weight decay. But matrices of one shape are handled as one
+    stack: a few large products instead of many small ones.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in stacks.items():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                gradients = [p.grad for p in params]
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+                updates = orthogonalize_shared(list(nesterov)).to(params[0].dtype)
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                torch._foreach_add_(params, list(updates), alpha=-lr)
 
 
 def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT; each of its parameters is in one group of one of them.
 
-    Muon (torch.optim.Muon, for matrices only) takes those of the blocks; AdamW takes the embedding, the
-    head, the banks and the routers. The rates are nanochat's, those of AdamW times (d / 768)^-½.
-    lr_scale: a factor on all rates. Each group keeps its highest rate as `peak_lr`: see set_learning_rates.
+    Muon takes the matrices of the blocks; AdamW takes the embedding, the head, the banks and the routers.
+    The rates are nanochat's, those of AdamW times (d / 768)^-½. lr_scale: a factor on all rates. Each
+    group keeps its highest rate as `peak_lr`: see set_learning_rates.
     """
     memory = memory_parameter_groups(model, lr_scale)
     taken = {p for group in memory for p in group["params"]}
@@ -18,7 +81,7 @@ def make_optimizers(model, lr_scale=1.0):
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
               dict(params=[model.head.weight], lr=0.004 * k)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02 * lr_scale, momentum=0.95, weight_decay=0),
+        Muon(matrices, lr=0.02 * lr_scale),
         torch.optim.AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:

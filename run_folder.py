@@ -193,7 +193,7 @@ def check_optimizer(optimizer, saved, step):
     """ValueError unless there is a state of each parameter (of none before the first step), all with the same
     entries, each a number or a tensor of the parameter's shape."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    require(list(saved) == list(range(len(parameters) if step else 0)), "an optimizer misses parameters")
+    require(sorted(saved) == list(range(len(parameters) if step else 0)), "an optimizer misses parameters")
     for i, state in saved.items():
         require(state.keys() == saved[0].keys(), "an optimizer misses entries")
         for name, tensor in state.items():

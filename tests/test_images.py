@@ -749,7 +749,7 @@ def test_digits_are_learned(finished, digits_dir, tmp_path, capsys):
         images, classes = samples["arr_0"], samples["arr_1"]
     assert images.shape == (205, 8, 8, 3) and images.dtype == np.uint8
     assert sorted(np.bincount(classes)) == [20] * 5 + [21] * 5
-    experiments.main(["digits", str(tmp_path / "run" / "samples_100.npz")])
+    experiments.digits(tmp_path / "run" / "samples_100.npz", steps=250)
     lines = capsys.readouterr().out.splitlines()[-3:]
     real, generated = (float(re.search(r": ([\d.]+)%", line)[1]) for line in lines[:2])
     assert real > 95 and generated > 60  # of a quarter of the run; the whole one is in the README
@@ -757,7 +757,7 @@ def test_digits_are_learned(finished, digits_dir, tmp_path, capsys):
     assert 0.7 * held_out < new < 2.5 * held_out  # neither copies nor noise
     (train, labels), _ = prepare_data.split_images(*prepare_data.load_digits())
     np.savez(tmp_path / "copies.npz", train[:100], (labels[:100] + 1) % 10)  # copies, each of another class
-    experiments.main(["digits", str(tmp_path / "copies.npz")])
+    experiments.digits(tmp_path / "copies.npz", steps=250)
     assert re.search(r"digits: 0\.0%(.|\n)*differ by 0 gray", capsys.readouterr().out)
 
 
@@ -873,7 +873,8 @@ def test_images_of_imagenet_are_generated(server, tmp_path, monkeypatch, vqgan):
     prepare_data.main(["imagenet", "--data_dir", str(tmp_path)])
     monkeypatch.setattr(train_image, "MAX_ROWS", 2)
     monkeypatch.setattr(train_image, "MAX_COLUMNS", 1)
-    out, flags = tmp_path / "out", ["--depth", 2, "--max_steps", 1, "--batch_tokens", 8192]
+    out = tmp_path / "out"
+    flags = "--depth 1 --max_steps 1 --batch_tokens 1024 --micro_batch 4 --eval_tokens 1024".split()
     train_image.main(command(tmp_path, out, *flags, dataset="imagenet"))
     with Image.open(out / "samples_1.png") as page:
         assert page.size[1] == 2 * 258 + 2 and np.asarray(page)[5:250, 60:300].std() > 1
@@ -888,7 +889,8 @@ def test_codes_of_llamagen_are_generated(tmp_path, monkeypatch):
     llamagen_files(tmp_path / "extracted")
     prepare_data.main(["--codes", str(tmp_path / "extracted"), "--name", "llamagen", "--data_dir",
                        str(tmp_path)])
-    out, flags = tmp_path / "out", ["--depth", 2, "--max_steps", 1, "--batch_tokens", 8192]
+    out = tmp_path / "out"
+    flags = "--depth 1 --max_steps 1 --batch_tokens 1024 --micro_batch 4 --eval_tokens 1024".split()
     train_image.main(command(tmp_path, out, *flags, dataset="llamagen"))
     train_image.main(["--out_dir", str(out), "--save_npz", "3"])
     codes = np.load(out / "samples_1_codes.npy")

@@ -25,7 +25,7 @@ import prepare_data
 import run_folder
 import train_gpt
 from move import GPT, GPTConfig
-from optimizers import make_optimizers, schedule
+from optimizers import Muon, make_optimizers, orthogonalize, schedule
 
 KINDS = list(itertools.product(["mha", "mla"], ["none", "lave", "move"]))
 all_kinds = pytest.mark.parametrize("attention, memory", KINDS)
@@ -345,6 +345,54 @@ def test_every_parameter_is_optimized_once(attention, memory):
     assert all(group["peak_lr"] == group["lr"] > 0 for group in groups)
     twice = [group for optimizer in make_optimizers(model, 2.0) for group in optimizer.param_groups]
     assert [group["lr"] * 2 for group in groups] == pytest.approx([group["lr"] for group in twice])
+
+
+def test_muon_on_stacks_is_torchs_muon():
+    torch.manual_seed(0)
+    shapes = [(16, 16)] * 5 + [(64, 16)] * 3 + [(16, 64)] * 2 + [(6, 32), (7, 5), (1, 9)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    muons = Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for muon in muons:
+            muon.step()
+        assert all(torch.allclose(p, q, rtol=0, atol=1e-5) for p, q in zip(ours, theirs, strict=True))
+        muons[0].load_state_dict(muons[0].state_dict())
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    for shape in ((3, 24, 24), (2, 40, 10), (2, 10, 40)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+        assert values.min() > 0.3 and values.max() < 1.4
+
+
+SHARED = """
+import sys
+sys.path[:0] = [{here!r}]
+import torch
+import torch.distributed as dist
+from optimizers import orthogonalize, orthogonalize_shared
+dist.init_process_group("gloo")
+for n in (1, 3, 4):
+    matrices = list(torch.randn(n, 6, 9, generator=torch.Generator().manual_seed(n)))
+    shared, alone = orthogonalize_shared(matrices), torch.stack([orthogonalize(m[None])[0] for m in matrices])
+    assert shared.shape == (n, 6, 9) and (shared - alone).abs().max() < 0.02, n
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_out_the_matrices(world_size, tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED.format(here=str(HERE)))
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world_size}",
+                             "--standalone", tmp_path / "shared.py"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("equal") == world_size, result.stderr
 
 
 def flags_of(*flags):
