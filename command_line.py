@@ -122,6 +122,8 @@ def resolve_flags(given, defaults, saved_flags=None):
         device = next(name for name in available if available[name])
     if device != saved.get("device"):
         saved = {flag: value for flag, value in saved.items() if flag not in MACHINE_FLAGS}
+    if device == "cuda":  # another GPU may have less memory
+        saved.pop("micro_batch", None)
     flags = {**EVERYWHERE, **defaults["cuda" if device == "cuda" else "cpu"], "micro_batch": None}
     args = argparse.Namespace(**{**flags, **saved, **given, "device": device})
     for flag, (least, most) in LIMITS.items():

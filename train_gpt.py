@@ -429,15 +429,18 @@ class Training:
         """Logs the training loss and the speed since the last report."""
         self.synchronize_losses()
         loss, self.losses = sum(self.losses) / len(self.losses), []
-        seconds_a_step = (time.time() - self.clock) / (self.step - self.clock_step)
-        speed = self.args.batch_tokens / seconds_a_step
-        peak, flops = self.machine.peak_flops(), 3 * sum(self.model.flops_per_token().values())
-        mfu = speed * flops / peak if peak else None
-        left = seconds_a_step * (self.args.max_steps - self.step)
+        text, record = f"step {self.step}/{self.args.max_steps}  loss {loss:.4f}", dict(loss=loss)
+        if not self.args.compile or self.step > self.first + 1:  # else it is the compiler's time
+            seconds_a_step = (time.time() - self.clock) / (self.step - self.clock_step)
+            speed = self.args.batch_tokens / seconds_a_step
+            peak, flops = self.machine.peak_flops(), 3 * sum(self.model.flops_per_token().values())
+            mfu = speed * flops / peak if peak else None
+            left = seconds_a_step * (self.args.max_steps - self.step)
+            text += f"  {speed:,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if mfu else "")
+            text += f"  {int(left // 60)}:{int(left % 60):02d} left"
+            record |= dict(tokens_per_s=speed, mfu=mfu, seconds_left=left)
         if self.machine.main:
-            self.log(f"step {self.step}/{self.args.max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
-                     + (f"  MFU {mfu:.1%}" if mfu else "") + f"  {int(left // 60)}:{int(left % 60):02d} left",
-                     step=self.step, loss=loss, tokens_per_s=speed, mfu=mfu, seconds_left=left)
+            self.log(text, step=self.step, **record)
         self.restart_clock()
 
     def evaluate(self):
@@ -526,8 +529,10 @@ def main(argv=None):
                 print_sample(model, encoding, args.prompt, args, machine.device)
         else:
             check_batch(args)
-            train_text(args, set_up_machine(args), saved)
+            machine = set_up_machine(args)
+            train_text(args, machine, saved)
     if dist.is_initialized():
+        machine.sum([0])  # all end together: one that ends while another works may abort in Gloo's threads
         dist.destroy_process_group()
 
 
