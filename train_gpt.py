@@ -532,7 +532,7 @@ def main(argv=None):
             machine = set_up_machine(args)
             train_text(args, machine, saved)
     if dist.is_initialized():
-        machine.sum([0])  # all end together: one that ends while another works may abort in Gloo's threads
+        dist.barrier()  # as the last call: Gloo's threads may abort if they drop a tensor while Python ends
         dist.destroy_process_group()
 
 

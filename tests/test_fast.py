@@ -723,6 +723,7 @@ for wrap in (ddp, fsdp_model, fsdp_blocks, fsdp_bank):
             result = "refused" if "bank" in str(problem) else repr(problem)
         if rank == 0:
             print(wrap.__name__, order, fast, result, sep=", ", flush=True)
+dist.barrier()  # end together: Gloo's threads may abort a process whose peer ends first
 dist.destroy_process_group()
 """
 
