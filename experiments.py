@@ -241,12 +241,13 @@ def copied(text, source, length):
 
 def words(args):
     """Lets a run of text write with several seeds, at its default temperature; prints how many of the words
-    are words of its training text, and whether it copies 60 characters in a row."""
+    are words of its data set, and whether it copies 60 characters in a row of the training text."""
     model, tokenizer = load_run(args.run)
     flags = read_checkpoint(args.run)["flags"]
     data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])
     source = tokenizer.decode(data.train.tolist())
-    vocabulary, total, known = set(re.findall(r"[A-Za-z']+", source.lower())), 0, 0
+    corpus = source + tokenizer.decode(data.val.tolist())
+    vocabulary, total, known = set(re.findall(r"[A-Za-z']+", corpus.lower())), 0, 0
     for seed in range(args.seeds):
         generator, text = torch.Generator().manual_seed(seed), ""
         while len(re.findall(r"[A-Za-z']+", text)) < args.words:
@@ -257,9 +258,9 @@ def words(args):
         found = [word in vocabulary for word in re.findall(r"[A-Za-z']+", text.lower())]
         total, known = total + len(found), known + sum(found)
         copy = copied(text, source, 60)
-        print(f"seed {seed}: {len(found)} words, {sum(found) / len(found):.1%} of them in the training text; "
+        print(f"seed {seed}: {len(found)} words, {sum(found) / len(found):.1%} of them in the data set; "
               + (f"copies {copy!r}" if copy else "copies no 60 characters"), flush=True)
-    print(f"all: {total} words, {known / total:.1%} of them in the training text")
+    print(f"all: {total} words, {known / total:.1%} of them in the data set")
 
 
 def main(argv=None):
