@@ -73,7 +73,7 @@ def mix_values(v, memory, gates):
 
 class ValueMixer(nn.Module):
     """Equations 2 and 3: the router of one layer, and the mix. (These equations have a second home, the
-    kernels of move_fast.py. If you change them here, accelerate() there notices and leaves them alone.)
+    kernels of move_fast.py. If you change them here, accelerate() notices and uses no kernels.)
 
     dim: width d of the layer's input. n_heads: number of *value* heads H, so that grouped-query
     attention needs nothing else. n_slots: M. gate_value=False fixes g_0 = 1, as in LaVE.

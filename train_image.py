@@ -23,7 +23,7 @@ import torch.distributed as dist
 import image_data
 from command_line import find_run, memory_advice, resolve_flags, set_up_machine, training_parser
 from move import sample
-from prepare_data import UserError, prepare_digits, run, write_file
+from prepare_data import UserError, image_code, prepare_digits, run, write_file
 from train_gpt import check_batch, load, load_model, start_model, train
 
 # LlamaGen's models (arXiv 2406.06525): layers, width, heads.
@@ -94,7 +94,7 @@ def codes_of_classes(model, meta, classes, args):
     generator = torch.Generator(device).manual_seed(args.seed)
     batches = [generate_codes(model, n_codes + batch.to(device), n_codes, null_class, args.cfg_scale,
                               args.temperature, args.top_k, args.top_p, generator).cpu()
-               for batch in torch.as_tensor(classes).split(args.micro_batch)]
+               for batch in torch.as_tensor(classes).split(args.micro_batch or LARGE["micro_batch"])]
     return torch.cat(batches).numpy()
 
 
@@ -111,10 +111,8 @@ def save_codes(step, codes, classes, args):
 
 def load_decoder(folder, meta):
     """image_data's, from the copy in a run's folder."""
-    try:
-        return image_data.load_decoder(folder, meta)
-    except ValueError as error:
-        raise UserError(error) from None
+    with image_code() as code:
+        return code.load_decoder(folder, meta)
 
 
 MAX_ROWS, MAX_COLUMNS, MAX_PIXELS = 20, 10, 2048  # of a page of samples

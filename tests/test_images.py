@@ -761,6 +761,14 @@ def test_digits_are_learned(finished, digits_dir, tmp_path, capsys):
     assert re.search(r"digits: 0\.0%(.|\n)*differ by 0 gray", capsys.readouterr().out)
 
 
+def test_samples_of_a_run_from_another_device(finished):
+    """Where a run is only sampled, no micro-batch is known but the one that was given."""
+    model, meta = trained(finished)
+    args = argparse.Namespace(micro_batch=None, cfg_scale=1.5, temperature=1.0, top_k=None, top_p=None,
+                              seed=0)
+    assert train_image.codes_of_classes(model, meta, np.arange(3), args).shape == (3, 16)
+
+
 def test_bits_per_image_token_of_probabilities(finished, digits_dir):
     data, (model, _) = prepare_data.load_dataset(digits_dir / "digits"), trained(finished)
     rows, bits = torch.from_numpy(data.val.reshape(-1, 17).astype(np.int64)), []
