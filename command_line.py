@@ -95,13 +95,27 @@ def training_parser(description, defaults, sizes=None):
     return parser, sampling
 
 
-def find_run(given, kind, sampling):
+def can_parse(parser, flag, value):
+    """Whether the parser can have read this value of a flag."""
+    text = f"--{'no-' * (not value)}{flag}" if type(value) is bool else f"--{flag}={value}"
+    try:
+        return value is None or repr(vars(parser.parse_args([text]))[flag]) == repr(value)
+    except (UserError, KeyError):
+        return False
+
+
+def find_run(given, kind, sampling, parser):
     """The checkpoint of the run that the flags `given` mean; its folder becomes their out_dir. UserError if
     there is none of this kind, or if a flag was given that makes another run of it."""
     folder = given.setdefault("out_dir", None) or newest_run(kind)
     given["out_dir"], saved = folder, read_checkpoint(folder)
     if saved["meta"]["kind"] != kind:
         raise UserError(f"{folder} holds a run of kind {saved['meta']['kind']}; this script needs {kind}")
+    for flag, value in saved["flags"].items():
+        good = value == saved["config"]["seq_len"] if flag == "seq_len" else can_parse(parser, flag, value)
+        if not good:
+            raise UserError(f"{folder / 'checkpoint.pt'} is damaged: flag {flag} is {value!r}; remove it, "
+                            "or give another --out_dir")
     free = FREE_FLAGS | ({"seed", "dtype"} if sampling else set())
     for flag, value in given.items():
         if flag not in free and saved["flags"].get(flag) != value:
@@ -125,11 +139,15 @@ def resolve_flags(given, defaults, saved_flags=None):
     if device == "cuda":  # another GPU may have less memory
         saved.pop("micro_batch", None)
     flags = {**EVERYWHERE, **defaults["cuda" if device == "cuda" else "cpu"], "micro_batch": None}
+    for flag, value in flags.items():
+        if saved_flags and (flag not in saved_flags or None is saved_flags[flag] is not value):
+            raise UserError(f"{given['out_dir'] / 'checkpoint.pt'} is damaged: it has no flag {flag}; "
+                            "remove it, or give another --out_dir")
     args = argparse.Namespace(**{**flags, **saved, **given, "device": device})
     for flag, (least, most) in LIMITS.items():
         value = getattr(args, flag, None)
         if value is not None and not least <= value <= most:  # nan is refused, too
-            raise UserError(f"--{flag} must be from {least:g} to {most:g}, not {value:g}")
+            raise UserError(f"--{flag} must be from {least:g} to {most:g}, not {str(value)[:40]}")
     if Path(args.dataset).name != args.dataset or args.dataset in ("", ".", ".."):
         raise UserError(f"--dataset must be the name of a folder in {args.data_dir}, not {args.dataset!r}")
     if args.kv_rank is not None and args.attention != "mla":
@@ -274,15 +292,21 @@ def set_up_machine(args):
 
 
 @contextlib.contextmanager
-def memory_advice(args):
-    """Turns running out of memory into one line of advice."""
+def ends_together():
+    """The processes that start inside end together: Gloo's threads may abort a process that does not wait."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        said = str(error).lower()  # the CPU, CUDA's libraries and MPS have no exception of their own for it
-        if not isinstance(error, MemoryError) and not any(
-                words in said for words in ("out of memory", "allocate memory", "alloc_failed")):
-            raise
-        micro_batch = getattr(args, "micro_batch", None) or "of its default"
-        raise UserError(f"out of memory with --micro_batch {micro_batch}; lower --micro_batch, then "
-                        "--move_scale, then the model's size") from None
+        if dist.is_initialized():
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def how_to_save_memory(args):
+    """What to do if memory runs out."""
+    other = "" if args.device == "cpu" else ", or give --device cpu"
+    if getattr(args, "save_npz", None):
+        return f"lower --save_npz {args.save_npz} or --micro_batch{other}"
+    return (f"lower --micro_batch {args.micro_batch or ''}{other}; if that does not help, train a model with "
+            "a lower --move_scale or --depth")

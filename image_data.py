@@ -223,12 +223,14 @@ def load_decoder(folder, meta):
     (N, height, width, 3). None if the data set has no decoder.
 
     folder: any folder that holds the decoder's file, of a data set or of a run. meta: of the data set.
-    ValueError if the file is not the one that meta names by size and sha256; OSError if it is missing.
+    ValueError if the file is not the one that meta names by size and sha256.
     """
     name = {"codebook": "codebook.npy", "maskgit": "decoder.pt"}.get(meta["decoder"])
     if name is None:
         return None
     path, grid, published = Path(folder) / name, tuple(meta["grid"]), meta["files"][name]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or is no regular file")
     content = path.read_bytes()
     if len(content) != published["size"] or hashlib.sha256(content).hexdigest() != published["sha256"]:
         raise ValueError(f"{path} was altered: its size or sha256 is not that of its data set's meta.json")
@@ -269,21 +271,24 @@ def contact_sheet(rows, labels):
 # --------------------------------------------------------------------------------- reading images
 
 
-def gray_of(image):
-    """The pixels of an image with one channel of more than 8 bits → a PIL image of 8 bits. ValueError if
-    its values do not tell which of them is white."""
+def gray_of(image, stored):
+    """The pixels of an image with one channel of more than 8 bits → a PIL image of 8 bits. stored: see
+    read_image. ValueError if its values do not tell which of them is white."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        gray = (values >> 8).astype(np.uint8)
-        if type(hidden := image.info.get("transparency")) is int:  # the gray that stands for "nothing here"
-            gray[values == hidden] = 255
-        return Image.fromarray(gray)
-    low, high = values.min(), values.max()
-    whites = [65535] if image.mode == "I" and image.format in ("PNG", "PPM") else [1, 255, 65535]
-    for white in whites:
-        if 0 <= low and high <= white:
-            return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
-    raise ValueError(f"its values are from {low:g} to {high:g}, not 0 to 1, 255 or 65535")
+        gray = (values >> (4 if "I;12" in stored else 8)).astype(np.uint8)
+    else:
+        low, high = values.min(), values.max()
+        whites = [65535] if image.mode == "I" and image.format in ("PNG", "PPM") else [1, 255, 65535]
+        white = next((white for white in whites if 0 <= low and high <= white), None)
+        if white is None:
+            raise ValueError(f"its values are from {low:g} to {high:g}, not 0 to 1, 255 or 65535")
+        gray = np.round(values * (255 / white)).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # 0 is white
+        gray = 255 - gray
+    if type(hidden := image.info.get("transparency")) is int:  # the gray that stands for "nothing here"
+        gray[values == hidden] = 255
+    return Image.fromarray(gray)
 
 
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
@@ -298,14 +303,20 @@ def read_image(path, size):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of what it can read all the same
         with Image.open(path) as image:
+            stored = str(image.tile[:1])  # how the file stores a pixel, "RGB;16B" say
             image.load()  # before the orientation: readers of some formats apply it themselves
             try:
                 turn = TURNS.get(image.getexif().get(0x0112))
             except Exception:  # what stands there beside the image is often damaged; the image is not
                 turn = None
             if image.mode[0] in "IF":
-                image = gray_of(image)
+                image = gray_of(image, stored)
             elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+                hidden = image.info.get("transparency")  # in the depth of the file, the pixels have 8 bits
+                if "RGB;16B" in stored and hidden:
+                    image.info["transparency"] = tuple(value >> 8 for value in hidden)
+                elif "'L;2'" in stored or "'L;4'" in stored:
+                    image.info["transparency"] = hidden * (85 if "'L;2'" in stored else 17)
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")

@@ -42,6 +42,9 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while modules load
+
 import numpy as np
 import requests
 import rustbpe
@@ -82,25 +85,47 @@ class UserError(Exception):
     """An error that the user can fix: one line that says what was wrong, what was expected, what to do."""
 
 
+@contextlib.contextmanager
+def memory_advice(advice):
+    """Turns running out of memory into a UserError that ends with advice(), a text."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        said = str(error).lower()  # the CPU, CUDA's libraries and MPS have no exception of their own for it
+        if not isinstance(error, MemoryError) and not any(
+                words in said for words in ("out of memory", "allocate memory", "alloc_failed", "bad_alloc")):
+            raise
+        raise UserError(f"out of memory; {advice()}") from None
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, whose complaints are one line too."""
+
+    def parse_args(self, *args):
+        result = super().parse_args(*args)
+        for name, value in vars(result).items():
+            if value == []:  # what Python before 3.13 makes of --name=--
+                self.error(f"--{name} has no value")
+        return result
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run(main):
+def run(main, advice="close other programs"):
     """Runs a script: errors of the user or of the machine end it with one line and exit code 2, Ctrl-C and
-    SIGTERM with exit code 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files are removed
+    SIGTERM with exit code 130. advice: what to do if memory runs out, where main does not know better."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM as Ctrl-C: temporary files are removed
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
     try:
-        main()
-    except (UserError, OSError, MemoryError) as error:
-        message = "out of memory " * isinstance(error, MemoryError) + str(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        with memory_advice(lambda: advice):
+            main()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
@@ -154,13 +179,21 @@ def lock_folder(folder):
             os.close(number)
 
 
+def make_folder(folder, flag):
+    """Makes a folder and those above it. UserError if a file is in the way; flag: which one names another."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} cannot be a folder, a file is in the way; give another {flag}") from None
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """A temporary folder that becomes `folder` if the block ends well, and vanishes otherwise. What a
     killed process left of an earlier one is removed."""
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, "--data_dir")
     prefix = f".{folder.name}.unfinished."
     for left in folder.parent.iterdir():
         with contextlib.suppress(OSError):  # another process may remove it too
@@ -254,8 +287,11 @@ def check_form(value, form, name):
     elif isinstance(form, tuple):
         if value not in form:
             raise wrong(f"one of {form}")
-    elif type(value) is not str or isinstance(form, re.Pattern) and not form.fullmatch(value):
-        raise wrong("a text" if form is str else form.pattern)
+    elif isinstance(form, re.Pattern):
+        if type(value) is not str or not form.fullmatch(value):
+            raise wrong(form.pattern)
+    elif not isinstance(value, form):
+        raise wrong(f"a {form.__name__}")
 
 
 def decoder_files(meta):
@@ -267,10 +303,11 @@ def decoder_files(meta):
 
 def read_meta(path):
     """The dict of a meta.json, checked: nobody else needs to. ValueError names the field that is wrong."""
-    try:
-        meta = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error})") from None
+    return check_meta(json.loads(path.read_bytes()))
+
+
+def check_meta(meta):
+    """The same dict. ValueError names the field that is wrong."""
     check_form(meta, FORM, "")
     check_form(meta, FORM_OF_KIND[meta["kind"]], "")
     for name in ("train.bin", "val.bin", *decoder_files(meta)):
@@ -287,6 +324,17 @@ def read_meta(path):
     return meta
 
 
+def identity(meta):
+    """What tells a data set from others, name → JSON value: the hashes of its files, and all that decides
+    what a token means."""
+    meaning = {name: meta[name] for name in
+               ("kind", "dtype", "vocab_size", "decoder", "n_codes", "grid", "classes") if name in meta}
+    tokenizer = {f"tokenizer {key}": meta["tokenizer"][key] for key in ("name", "pattern")
+                 if meta["kind"] == "text"}
+    return meaning | tokenizer | {f"sha256 of {name}": published["sha256"]
+                                  for name, published in meta["files"].items()}
+
+
 @dataclass
 class Dataset:
     """A checked data set: its meta.json and its token ids, (n,) uint16 or uint32, which are read from disk
@@ -297,15 +345,7 @@ class Dataset:
     val: np.ndarray
 
     def identity(self):
-        """What tells this data set from others, name → JSON value: the hashes of its files, and all that
-        decides what a token means."""
-        meaning = {name: self.meta[name] for name in
-                   ("kind", "dtype", "vocab_size", "decoder", "n_codes", "grid", "classes")
-                   if name in self.meta}
-        tokenizer = {f"tokenizer {key}": self.meta["tokenizer"][key] for key in ("name", "pattern")
-                     if self.meta["kind"] == "text"}
-        return meaning | tokenizer | {f"sha256 of {name}": published["sha256"]
-                                      for name, published in self.meta["files"].items()}
+        return identity(self.meta)
 
     def tokenizer(self):
         """The tiktoken.Encoding of a text data set."""
@@ -351,7 +391,7 @@ def load_dataset(folder, check=True):
             check_ids(meta, bins)
             with contextlib.suppress(OSError):  # a folder that is read-only is checked each time
                 write_file(stamp, lambda file: file.write(json.dumps(states).encode()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}{again}") from None
     except UserError as error:
         raise UserError(f"{error}{again}") from None
@@ -522,9 +562,11 @@ def read_documents(path):
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    blanks = r"[ \t\ufeff]*"  # a BOM stands inside a file when files were joined
-    line = rf"(?:(?:\A|\r?\n){blanks}{re.escape(SEPARATOR)}{blanks}(?=\r?\n|\Z))"
-    documents = re.split(rf"{line}+(?:\r?\n)?", text)
+    if text.count("\0") > len(text) / 4:
+        raise UserError(f"{path} is not UTF-8 text (it looks like UTF-16); convert it first")
+    blanks, end = r"(?:[^\S\r\n]|\ufeff)*", r"(?:\r\n|\r|\n)"  # a BOM is inside where files were joined
+    line = rf"(?:(?:\A|{end}){blanks}{re.escape(SEPARATOR)}{blanks}(?={end}|\Z))"
+    documents = re.split(rf"{line}+{end}?", text)
     return [document for i, document in enumerate(documents)
             if document or 0 < i < len(documents) - 1 or len(documents) == 1]
 
@@ -584,7 +626,7 @@ def download(url, path, size=None, sha256=None, md5=None, patience=1.0):
         state_of(path)
         check(path, "remove it and run again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--data_dir")
     part = path.with_name(path.name + ".part")
     have = best = part.stat().st_size if part.exists() else 0
     failures = 0
@@ -861,4 +903,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "make a smaller data set: fewer files, or a lower --vocab_size, --image_size, --codebook_size")

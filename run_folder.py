@@ -11,6 +11,7 @@ A checkpoint is the zip file of torch.save, which holds a CRC-32 of each tensor:
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -23,20 +24,20 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from move import GPTConfig
-from prepare_data import UserError, decoder_files, write_file
+from move import GPT, GPTConfig
+from optimizers import Muon
+from prepare_data import UserError, check_form, check_meta, decoder_files, identity, make_folder, write_file
 
 # ------------------------------------------------------------------------------ the folder and its lock
 
 
+FIRST_RECORD = b'{"step": 0, "val_bits_per_'  # so starts each log of ours
+
+
 def is_our_log(path):
-    """Whether log.jsonl is empty or starts with a record of a step."""
-    with open(path, errors="replace") as file:
-        line = file.readline()
-    with contextlib.suppress(ValueError):
-        record = json.loads(line)
-        return isinstance(record, dict) and "step" in record
-    return not line.endswith("\n")  # empty, or a first line that a kill cut short
+    """Whether log.jsonl is of a run of ours, also if a kill cut its first line short."""
+    with open(path, "rb") as file:
+        return FIRST_RECORD.startswith(file.read(len(FIRST_RECORD)))
 
 
 @contextlib.contextmanager
@@ -46,10 +47,10 @@ def only_run(folder, resume):
     UserError if another process trains in it, if it holds somebody's own files and no run, or, without
     `resume`, if it holds a run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out_dir")
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"lock"}
     if names and not (folder / "checkpoint.pt").exists() and not (
-            "log.jsonl" in names and is_our_log(folder / "log.jsonl")):
+            (folder / "log.jsonl").is_file() and is_our_log(folder / "log.jsonl")):
         raise UserError(f"{folder} holds files that are not a run's; give another --out_dir")
     # Neither truncated nor followed where it is a link: whatever lies there stays as it is.
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -70,11 +71,10 @@ def only_run(folder, resume):
 
 
 def copy_decoder(data, folder):
-    """Copies into the run's folder what turns the tokens of a data set back, unless it is there."""
+    """Copies into the run's folder what turns the tokens of a data set back."""
     for name in decoder_files(data.meta):
-        if not (folder / name).exists():
-            with open(data.folder / name, "rb") as source:
-                write_file(folder / name, lambda file, source=source: shutil.copyfileobj(source, file))
+        with open(data.folder / name, "rb") as source:
+            write_file(folder / name, lambda file, source=source: shutil.copyfileobj(source, file))
 
 
 class Log:
@@ -83,25 +83,29 @@ class Log:
     def __init__(self, path, keep_to_step=None):
         """keep_to_step: when a run resumes, what it wrote after its checkpoint is dropped."""
         lines = []
-        if keep_to_step is not None and path.exists():
-            for line in path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                    if json.loads(line)["step"] <= keep_to_step:
-                        lines.append(line + "\n")
-        write_file(path, lambda file: file.write("".join(lines).encode()))
-        self.file = open(path, "a")
+        if keep_to_step is not None and path.is_file():
+            for line in path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, RecursionError):  # a line that a kill cut short
+                    record = json.loads(line)
+                    if isinstance(record, dict) and record.get("step") in range(keep_to_step + 1):
+                        lines.append(line + b"\n")
+        write_file(path, lambda file: file.write(b"".join(lines)))
+        self.path, self.file = path, open(path, "a")
 
     def __call__(self, text, **record):
         print(text, flush=True)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = 2
-SCHEMA = dict(format=int, step=int, losses=list, flags=dict, config=dict, data=dict, meta=dict, model=dict,
-              optimizers=list)
+FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
+            data=dict, meta=dict, model=dict, optimizers=list)
 
 
 def save_checkpoint(folder, model, optimizers, **rest):
@@ -150,15 +154,27 @@ def read_checkpoint(folder, mmap=True):
         raise UserError(f"there is no checkpoint {path}; train first, or give the --out_dir of a run")
     with damage_named(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        require(isinstance(state, dict) and state.get("format") == FORMAT, "it is not of this program")
-        for key, kind in SCHEMA.items():
-            require(isinstance(state.get(key), kind), f"its {key} is no {kind.__name__}")
-        plain = (str, int, float, bool, type(None))
-        require(all(type(value) in plain for value in state["flags"].values()), "its flags")
-        require(state["step"] >= 0 and all(type(loss) is float for loss in state["losses"]), "its steps")
-        require(state["meta"].get("kind") in ("text", "image"), "its kind")
-        GPTConfig(**state["config"])
+        check_form(state, FORM, "")
+        require(all(type(loss) is float for loss in state["losses"]), "losses are no numbers")
+        check_config(state["config"], state["model"])
+        meta, config = check_meta(state["meta"]), state["config"]
+        fits = identity(meta) == state["data"] and 0 <= config["vocab_size"] - meta["vocab_size"] < 64 and (
+            meta["kind"] == "text" or config["seq_len"] == math.prod(meta["grid"]))
+        require(fits, "its data set does not fit")
     return state
+
+
+def check_config(values, tensors):
+    """ValueError unless these are the fields of a GPTConfig, and these the names and shapes of its GPT."""
+    fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
+    require(values.keys() == fields.keys() and all(isinstance(values[name], fields[name]) for name in fields)
+            and values["n_layers"] <= len(tensors), "config has other fields")
+    with torch.device("meta"):
+        expected = GPT(GPTConfig(**values)).state_dict()
+    other = sorted(expected.keys() ^ tensors.keys())
+    require(not other, f"model has other tensors: {other}")
+    for name, tensor in tensors.items():
+        require(tensor.shape == expected[name].shape, f"model.{name} has not the shape of its config")
 
 
 def restore(folder, model, optimizers=()):
@@ -171,7 +187,8 @@ def restore(folder, model, optimizers=()):
     with damage_named(path):
         with zipfile.ZipFile(path) as archive:
             require(not (name := archive.testzip()), f"{name} has another checksum")
-        check_tensors(state["model"], model.state_dict(), "the model")
+        for name, tensor in model.state_dict().items():
+            check_tensor(state["model"][name], tensor, f"model.{name}")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=bool(optimizers)):
             check_optimizer(optimizer, saved, state["step"])
@@ -179,26 +196,25 @@ def restore(folder, model, optimizers=()):
     return state["step"], state["losses"]
 
 
-def check_tensors(saved, expected, where):
-    """ValueError unless both dicts have the same names, with tensors of the same shapes and dtypes."""
-    other = sorted(saved.keys() ^ expected.keys())
-    require(not other, f"{where} has other tensors: {other}")
-    for name, tensor in expected.items():
-        same = (torch.is_tensor(saved[name]) and saved[name].shape == tensor.shape
-                and saved[name].dtype == tensor.dtype)
-        require(same, f"{name} in {where} is no {tensor.dtype} of shape {tuple(tensor.shape)}")
+def check_tensor(tensor, expected, name):
+    """ValueError unless the tensor is like the expected one, with finite numbers."""
+    require(torch.is_tensor(tensor) and tensor.shape == expected.shape and tensor.dtype == expected.dtype
+            and tensor.is_contiguous(), f"{name} is no {expected.dtype} of shape {tuple(expected.shape)}")
+    require(tensor.isfinite().all(), f"{name} has a number that is not finite")
 
 
 def check_optimizer(optimizer, saved, step):
-    """ValueError unless there is a state of each parameter (of none before the first step), all with the same
-    entries, each a number or a tensor of the parameter's shape."""
+    """ValueError unless there is the whole state of each parameter; of none before the first step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     require(sorted(saved) == list(range(len(parameters) if step else 0)), "an optimizer misses parameters")
+    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
     for i, state in saved.items():
-        require(state.keys() == saved[0].keys(), "an optimizer misses entries")
+        require(state.keys() == names, f"an optimizer has not the entries {names}")
         for name, tensor in state.items():
-            fits = torch.is_tensor(tensor) and tensor.shape in ((), parameters[i].shape)
-            require(fits, f"{name} of an optimizer has another shape")
+            expected = torch.tensor(0.0) if name == "step" else parameters[i]
+            check_tensor(tensor, expected, f"{name} of an optimizer")
+        # AdamW counts in float32, which ends at 2²⁴.
+        require(state.get("step", step) == min(step, 1 << 24), "an optimizer has done other steps")
 
 
 def newest_run(kind, parent=Path("out")):
@@ -216,8 +232,12 @@ def newest_run(kind, parent=Path("out")):
 
 def read_log(folder, key):
     """(steps, values) of one key of a run's log."""
-    with open(folder / "log.jsonl") as file:
-        records = [record for line in file if key in (record := json.loads(line))]
+    records = []
+    for line in (folder / "log.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a kill cut short
+            record = json.loads(line)
+            if isinstance(record, dict) and {"step", key} <= record.keys():
+                records.append(record)
     return [record["step"] for record in records], [record[key] for record in records]
 
 

@@ -11,22 +11,26 @@
 The file reads top to bottom: data, model, evaluation, `train` (the one training loop, for images too), then
 what is special to text. Flags are in command_line.py, what a run leaves on disk in run_folder.py.
 """
-import argparse
 import codecs
 import contextlib
 import math
+import os
 import signal
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while modules load
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from command_line import (
+    ends_together,
     find_run,
     get_world_size,
-    memory_advice,
+    how_to_save_memory,
     resolve_flags,
     set_up_machine,
     training_parser,
@@ -37,6 +41,7 @@ from prepare_data import (
     UserError,
     load_dataset,
     load_tokenizer,
+    memory_advice,
     prepare_python,
     prepare_shakespeare,
     run,
@@ -61,6 +66,9 @@ DEFAULTS = {
                 eval_every=50, eval_tokens=1 << 15, save_every=100, bank_dtype="float32", compile=False,
                 temperature=0.5, top_k=50, max_new_tokens=200),
 }
+
+
+TEXT_SETS = dict(python=prepare_python, shakespeare=prepare_shakespeare)  # made if they are not there
 
 
 # ------------------------------------------------------------------------------------- data and batches
@@ -189,8 +197,9 @@ def make_config(args, data, **shape):
         raise UserError(error) from None
 
 
-def build(config, args, device, positions=None):
-    """A GPT of this config on a device, by the flags dtype, bank_dtype and kernels."""
+def build(config, args, device, positions=None, change=None):
+    """A GPT of this config on a device, by the flags dtype, bank_dtype and kernels. change: a function that
+    is called with the model first, to alter its parts."""
     try:
         model = GPT(config, getattr(torch, args.dtype), positions)
     except ValueError as error:  # of the rotary embedding
@@ -198,6 +207,8 @@ def build(config, args, device, positions=None):
     for module in model.modules():
         if isinstance(module, ValueBank):
             module.to(getattr(torch, args.bank_dtype))
+    if change:
+        change(model)
     model.to(device)
     if args.kernels:
         from move_fast import accelerate
@@ -205,15 +216,16 @@ def build(config, args, device, positions=None):
     return model
 
 
-def start_model(args, machine, data, saved, most, positions=None, **shape):
-    """The GPT to train: of the run that goes on, or of the flags. Sets args.micro_batch, up to `most`."""
+def start_model(args, machine, data, saved, most, positions=None, change=None, **shape):
+    """The GPT to train: of the run that goes on, or of the flags. Sets args.micro_batch, up to `most`.
+    change: see build."""
     if saved is not None:
         check_same_data(data, saved)
     config = GPTConfig(**saved["config"]) if saved else make_config(args, data, **shape)
     if args.micro_batch is None:
         free = torch.cuda.mem_get_info(machine.device)[0] if args.device == "cuda" else None
         args.micro_batch = choose_micro_batch(args, config, most, free)
-    model = build(config, args, machine.device, positions)
+    model = build(config, args, machine.device, positions, change)
     if machine.main:
         describe(model, args, machine)
     return model
@@ -241,8 +253,8 @@ def load_run(folder, device="cpu"):
     UserError if the folder has no whole checkpoint.
     """
     folder = Path(folder)
-    saved = find_run(dict(out_dir=folder), "text", sampling=True)
-    args = argparse.Namespace(**{**saved["flags"], "kernels": False})
+    saved = find_run(dict(out_dir=folder), "text", True, make_parser())
+    args = resolve_flags(dict(device="cpu", kernels=False, out_dir=folder), DEFAULTS, saved["flags"])
     return load_model(saved, folder, args, device), load_tokenizer(folder, saved["meta"])
 
 
@@ -313,19 +325,21 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(args, machine, model, data, sets, unit, count_units, saved=None, after_save=None):
+def train(args, machine, model, data, sets, unit, count_units, saved=None, after_save=None,
+          optimizers_of=make_optimizers):
     """Trains `model` (a GPT on machine.device) to args.max_steps. The one loop, for text and images.
 
     sets: (train, validation), each sized, and indexed by indices (n,) → (ids, targets), as TextWindows.
     unit, count_units: what `evaluate` counts the bits per.
     saved: the checkpoint of the run that goes on.
     after_save: called with the step after each checkpoint, in the main process, to look at what is learned.
+    optimizers_of: called with (model, args.lr_scale) → [Muon, AdamW], or others like them.
     KeyboardInterrupt if Ctrl-C or SIGTERM stopped it; the state is saved then.
     """
     order = DataOrder(len(sets[0]), args.batch_tokens // args.seq_len, args.seed)
     with contextlib.ExitStack() as stack, stop_signals() as stop:
         machine.first(lambda: stack.enter_context(only_run(args.out_dir, resume=saved is not None)))
-        training = Training(args, machine, model, data, sets, order, unit, count_units, saved)
+        training = Training(args, machine, model, data, sets, order, unit, count_units, saved, optimizers_of)
         while True:
             step = training.step
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
@@ -350,12 +364,12 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
 class Training:
     """The state of a run while it trains, and the steps of the loop."""
 
-    def __init__(self, args, machine, model, data, sets, order, unit, count_units, saved):
+    def __init__(self, args, machine, model, data, sets, order, unit, count_units, saved, optimizers_of):
         """Starts the run, or goes on from its checkpoint."""
         self.args, self.machine, self.model, self.data = args, machine, model, data
         (self.train_set, self.val_set), self.order = sets, order
         self.unit, self.count_units = unit, count_units
-        self.optimizers = make_optimizers(model, args.lr_scale)
+        self.optimizers = optimizers_of(model, args.lr_scale)
         self.first, self.losses = 0, []  # the first step here; losses of the steps since the last report
         if saved is not None:
             self.first, self.losses = restore(args.out_dir, model, self.optimizers)
@@ -513,15 +527,22 @@ def print_sample(model, encoding, prompt, args, device):
     print(decoder.decode(b"", final=True))
 
 
-def main(argv=None):
+def make_parser():
     parser, sampling = training_parser(__doc__, DEFAULTS)
     sampling.add_argument("--prompt", help="do not train: print how the model of a run continues this text")
     sampling.add_argument("--max_new_tokens", type=int, help="(default: 200)")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-    saved = find_run(given, "text", "prompt" in given) if "prompt" in given or "resume" in given else None
+    sampling, saved = "prompt" in given, None
+    if sampling or "resume" in given:
+        saved = find_run(given, "text", sampling, parser)
     args = resolve_flags(given, DEFAULTS, saved and saved["flags"])
-    with memory_advice(args):
-        if "prompt" in given:
+    with ends_together(), memory_advice(lambda: how_to_save_memory(args)):
+        if sampling:
             machine = set_up_machine(args)
             if machine.main:
                 encoding = load_tokenizer(args.out_dir, saved["meta"])
@@ -530,24 +551,24 @@ def main(argv=None):
         else:
             check_batch(args)
             machine = set_up_machine(args)
-            train_text(args, machine, saved)
-    if dist.is_initialized():
-        dist.barrier()  # as the last call: Gloo's threads may abort if they drop a tensor while Python ends
-        dist.destroy_process_group()
+            model, encoding = train_text(args, machine, saved)
+            if machine.main:
+                print("\na sample:\n")
+                print_sample(model, encoding, "", args, machine.device)
 
 
-def train_text(args, machine, saved):
-    data = load(args, machine, "text", dict(python=prepare_python, shakespeare=prepare_shakespeare))
-    model = start_model(args, machine, data, saved, most=DEFAULTS["cpu"]["micro_batch"])
+def train_text(args, machine, saved, change=None, after_save=None, optimizers_of=make_optimizers):
+    """Trains on text → the model and its tokenizer. The last three: see `build` and `train`; after_save is
+    called with the model, too."""
+    data = load(args, machine, "text", TEXT_SETS)
     encoding = data.tokenizer()
     lengths = torch.from_numpy(token_bytes(encoding))
+    model = start_model(args, machine, data, saved, most=DEFAULTS["cpu"]["micro_batch"], change=change)
     sets = [TextWindows(tokens, args.seq_len, data.folder / name)
             for tokens, name in ((data.train, "train.bin"), (data.val, "val.bin"))]
     train(args, machine, model, data, sets, "bits per byte", lambda targets: lengths[targets].sum().item(),
-          saved)
-    if machine.main:
-        print("\na sample:\n")
-        print_sample(model, encoding, "", args, machine.device)
+          saved, after_save and (lambda step: after_save(model, step)), optimizers_of)
+    return model, encoding
 
 
 if __name__ == "__main__":

@@ -14,16 +14,27 @@ null class replaces a tenth of the classes in training, so that the model also l
 sampling moves away from those (classifier-free guidance, arXiv 2207.12598). A run also writes
 samples_<step>.png at every checkpoint. The data set digits has the same defaults on every device.
 """
+import os
+import signal
 import time
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while modules load
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import image_data
-from command_line import find_run, memory_advice, resolve_flags, set_up_machine, training_parser
+from command_line import (
+    ends_together,
+    find_run,
+    how_to_save_memory,
+    resolve_flags,
+    set_up_machine,
+    training_parser,
+)
 from move import sample
-from prepare_data import UserError, image_code, prepare_digits, run, write_file
+from prepare_data import UserError, image_code, memory_advice, prepare_digits, run, write_file
 from train_gpt import check_batch, load, load_model, start_model, train
 
 # LlamaGen's models (arXiv 2406.06525): layers, width, heads.
@@ -157,7 +168,7 @@ def main(argv=None):
                           help="do not train: make samples_<step>.npz of N images")
     given = vars(parser.parse_args(argv))
     only_sample = "sample" in given or "save_npz" in given
-    saved = find_run(given, "image", only_sample) if only_sample or "resume" in given else None
+    saved = find_run(given, "image", only_sample, parser) if only_sample or "resume" in given else None
     if saved is None and "size" in given:
         if "depth" in given:
             raise UserError("give --size or --depth, not both")
@@ -165,7 +176,7 @@ def main(argv=None):
     dataset = given.get("dataset", "digits")
     defaults = dict(cuda=SMALL, cpu=SMALL) if dataset == "digits" else DEFAULTS
     args = resolve_flags(given, defaults, saved and saved["flags"])
-    with memory_advice(args):
+    with ends_together(), memory_advice(lambda: how_to_save_memory(args)):
         machine = set_up_machine(args)
         if not only_sample:
             train_images(args, machine, saved)
@@ -174,9 +185,6 @@ def main(argv=None):
             for flag, make in (("sample", save_samples), ("save_npz", save_many)):
                 if flag in given:
                     make(saved["step"], model, saved["meta"], args)
-    if dist.is_initialized():
-        dist.barrier()  # as the last call: Gloo's threads may abort if they drop a tensor while Python ends
-        dist.destroy_process_group()
 
 
 def train_images(args, machine, saved):

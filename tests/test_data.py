@@ -97,6 +97,8 @@ TEXTS = [f"document {i} says x{i}" for i in range(40)]
     f"\n{SEPARATOR}\n{SEPARATOR}\n".join(TEXTS), f"{SEPARATOR}\n" + f"\n{SEPARATOR}\n".join(TEXTS),
     f"\ufeff{SEPARATOR}\n" + f"\n \ufeff{SEPARATOR}\n".join(TEXTS), "\ufeff" + f"\n{SEPARATOR}\n".join(TEXTS),
     f"\n{SEPARATOR}\n".join([*TEXTS, ""]), f"\n{SEPARATOR}\n".join(TEXTS) + f"\r\n{SEPARATOR}",
+    f"\r{SEPARATOR}\r".join(TEXTS), f"{SEPARATOR}\r" + f"\r{SEPARATOR} \r{SEPARATOR}\r".join(TEXTS),
+    "\r".join([*TEXTS, ""]).replace("\r", f"\r{SEPARATOR}\r"), f"\n\u3000{SEPARATOR}\u00a0\n".join(TEXTS),
     f"{SEPARATOR}\r\n{SEPARATOR}\r\n" + f"\r\n{SEPARATOR}\r\n".join(TEXTS) + f"\n{SEPARATOR} \n"])
 def test_a_line_with_the_mark_separates_documents_wherever_it_stands(content, tmp_path):
     (tmp_path / "a.txt").write_bytes(content.encode())
@@ -144,9 +146,10 @@ def test_what_tiktoken_cannot_read_is_named(tmp_path, monkeypatch):
 
 def test_bad_text(tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
+    (tmp_path / "utf-16.txt").write_bytes(("some words " * 100).encode("utf-16-le"))
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "marks.txt").write_text(f"{SEPARATOR}\n{SEPARATOR}\n")
-    for name in ("latin.txt", "missing.txt"):
+    for name in ("latin.txt", "utf-16.txt", "missing.txt"):
         fails(prepare_data, ["--text", tmp_path / name, "--data_dir", tmp_path / "data"], name)
     for name in ("empty.txt", "marks.txt"):
         fails(prepare_data, ["--text", tmp_path / name, "--data_dir", tmp_path / "data"], "text")
@@ -624,16 +627,37 @@ def test_any_encoding_of_the_output(encoding, tmp_path):
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, "interrupted"), (MemoryError(), 2, "memory"), (OSError("a\nb"), 2, "a b"),
+    (KeyboardInterrupt(), 130, "interrupted"), (MemoryError(), 2, "memory; buy more"),
+    (RuntimeError("CUDA out of memory"), 2, "memory; buy more"), (OSError("a\nb"), 2, "a b"),
     (UserError("x.txt is bad"), 2, "x.txt is bad")])
 def test_errors_end_a_script_with_one_line(error, code, words, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        prepare_data.run(main)
+        prepare_data.run(main, "buy more")
     output = capsys.readouterr().err
     assert stop.value.code == code and words in output and output.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["prepare_data.py", "train_gpt.py", "train_image.py"])
+def test_ctrl_c_while_modules_load(script):
+    """The first module that the script imports after its guard sends the signal."""
+    before = ("import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+              "class Finder:\n"
+              "    def find_spec(self, name, *_):\n"
+              "        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\n"
+              "sys.meta_path.insert(0, Finder())")
+    result = run_script(script, before=before)
+    assert result.returncode == 130 and not result.stderr
+
+
+def test_a_file_where_a_folder_should_be(sources, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for data_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        text = next(sources.iterdir())
+        fails(prepare_data, ["--text", text, "--data_dir", data_dir], f"{data_dir} .*--data_dir")
+    fails(prepare_data, ["shakespeare", "--name=--"], "--name")
 
 
 def test_ctrl_c_while_a_data_set_is_made(tmp_path):

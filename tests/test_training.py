@@ -242,7 +242,8 @@ def test_two_runs_in_one_folder(data_dir, tmp_path):
 
 def test_somebodys_own_files_stay(data_dir, tmp_path):
     for name, content in [("thesis.txt", "my own"), ("log.jsonl", "not a log\n"),
-                          ("log.jsonl", '{"a": 1}\n')]:
+                          ("log.jsonl", '{"a": 1}\n'), ("log.jsonl", "my own, without a line end"),
+                          ("log.jsonl", '{"step": 0, "loss": 3.5}\n')]:
         folder = tmp_path / f"{name}-{len(content)}"
         folder.mkdir()
         (folder / name).write_text(content)
@@ -258,6 +259,25 @@ def test_somebodys_own_files_stay(data_dir, tmp_path):
     (folder / "lock").write_text("kept")
     train_gpt.main(command(data_dir, folder, "--max_steps", 1))
     assert (folder / "lock").read_text() == "kept"
+
+
+def test_a_file_where_the_folder_of_the_run_should_be(data_dir, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fails(train_gpt, command(data_dir, tmp_path / "file"), "file .*--out_dir")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    process = start(*command(data_dir, tmp_path / "file" / "below"), prefix=torchrun)
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode and "file/below cannot be a folder" in error, error
+    assert "terminate called" not in error  # no process ends by an abort
+
+
+def test_a_run_keeps_the_tokenizer_of_its_own_data(data_dir, finished, tmp_path):
+    """Not that of a run on other data, which a kill ended before its first checkpoint."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "log.jsonl", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.tiktoken").write_bytes(b"of another data set")
+    train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1))
+    train_gpt.load_run(tmp_path / "run")
 
 
 def test_a_file_system_without_locks(data_dir, tmp_path, monkeypatch):
@@ -361,7 +381,7 @@ def test_muon_on_stacks_is_torchs_muon():
             q.grad = p.grad.clone()
         for muon in muons:
             muon.step()
-        assert all(torch.allclose(p, q, rtol=0, atol=1e-5) for p, q in zip(ours, theirs, strict=True))
+        assert all((p - q).abs().max() < 1e-3 for p, q in zip(ours, theirs, strict=True))
         muons[0].load_state_dict(muons[0].state_dict())
 
 
@@ -533,6 +553,9 @@ def change(path, **changes):
     torch.save(state, path)
 
 
+MOMENTUM = "momentum_buffer"
+
+
 def drop(dictionary, key):
     return {name: value for name, value in dictionary.items() if name != key}
 
@@ -556,6 +579,21 @@ def drop(dictionary, key):
     lambda path: change(path, flags=dict(seed=[1])),
     lambda path: change(path, model=lambda m: drop(m, "head.weight")),
     lambda path: change(path, model=lambda m: {**m, "head.weight": m["head.weight"].double()}),
+    lambda path: change(path, step=23),
+    lambda path: change(path, config=lambda c: {**c, "seq_len": 32.0}),
+    lambda path: change(path, config=lambda c: {**c, "n_layers": 10 ** 9}),
+    lambda path: change(path, meta=lambda m: drop(m, "files")),
+    lambda path: change(path, meta=lambda m: {**m, "tokenizer": dict(name="bpe", pattern="x")}),
+    lambda path: change(path, flags=lambda f: {**f, "lr_scale": "1"}),
+    lambda path: change(path, flags=lambda f: {**f, "lr_scale": None}),
+    lambda path: change(path, flags=lambda f: {**f, "dtype": "int8"}),
+    lambda path: change(path, flags=lambda f: {**f, "seq_len": 16}),
+    lambda path: change(path, flags=lambda f: drop(f, "lr_scale")),
+    lambda path: change(path, model=lambda m: {**m, "head.weight": m["head.weight"] * math.nan}),
+    lambda path: change(path, optimizers=lambda o: [{i: dict(x=s[MOMENTUM]) for i, s in o[0].items()}, o[1]]),
+    lambda path: change(path, optimizers=lambda o: [{i: {MOMENTUM: s[MOMENTUM].bfloat16()}
+                                                     for i, s in o[0].items()}, o[1]]),
+    lambda path: change(path, optimizers=lambda o: [o[0], {**o[1], 2: o[1][2] | {"exp_avg": torch.ones(1)}}]),
     lambda path: change(path, optimizers=lambda o: o[:1]),
     lambda path: change(path, optimizers=lambda o: [o[0], drop(o[1], 2)]),
     lambda path: change(path, optimizers=lambda o: [o[0], {**o[1], 2: drop(o[1][2], "exp_avg")}]),
@@ -631,3 +669,5 @@ def test_a_full_disk(finished, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 26
+    result = limited(1, "train_gpt.py", ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 40])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "log.jsonl" in result.stderr
