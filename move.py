@@ -35,16 +35,16 @@ class ValueBank(nn.Module):
     ValueError for a bank without rows, slots or width.
 
     The bank starts as N(0, std²). Random and not zero: equal slots under equal gates would get equal
-    gradients and stay equal for ever. Small, since M gates of 1 add up: Var(V_S) = Var(V) + M·std²,
-    which is 1 + 0.026 where Var(V) = 1 and M = 64.
+    gradients and stay equal for ever. By default std = 0.3 · M^-½: M gates of 1 add up to
+    Var(V_S) = Var(V) + M·std², which is 1.09 where Var(V) = 1, however many slots there are.
     generator: the random numbers of the start, by default torch's global ones.
     """
 
-    def __init__(self, vocab_size, n_slots, dim, std=0.02, generator=None):
+    def __init__(self, vocab_size, n_slots, dim, std=None, generator=None):
         super().__init__()
         if min(vocab_size, n_slots, dim) < 1:
             raise ValueError(f"vocab_size, n_slots and dim must be 1 or more, not {vocab_size, n_slots, dim}")
-        self.std = std
+        self.std = 0.3 * n_slots ** -0.5 if std is None else std
         self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
         self.reset_parameters(generator)
 
@@ -539,17 +539,22 @@ class GPT(nn.Module):
 
 
 def memory_parameter_groups(model, lr_scale=1.0):
-    """AdamW's parameter groups for the banks and the routers of any model, [] if it has none.
+    """AdamW's parameter groups for any model that holds banks and routers: those of the banks, and the last
+    one for the routers; [] if it has none.
 
-    Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not
-    in them. The memory is worth little at a host's usual rates: a bank needs a high learning rate
-    and no weight decay. The rates are nanochat's for value embeddings, times (d / 768)^-½.
+    Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not in them.
+    The memory is worth little at a host's usual rates: a bank needs a high rate and no weight decay. The
+    steps of M slots add up in V_S, so their rate falls with M: 0.15 · M^-½. Where matrices are trained by
+    Muon, give it the routers too: under AdamW the gates of a head move alike, and more slots help less.
+    All rates are for AdamW and times (d / 768)^-½.
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
-    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
+    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]  # (V, M, d) each
     routers = [p for mixer in mixers for p in mixer.router.parameters()]
     if not mixers or not banks:
         return []
     k = lr_scale * (routers[0].size(-1) / 768) ** -0.5
     shared = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
-    return [dict(params=banks, lr=0.1 * k, **shared), dict(params=routers, lr=0.004 * k, **shared)]
+    groups = [dict(params=[bank for bank in banks if bank.size(1) == M], lr=0.15 * k * M ** -0.5, **shared)
+              for M in sorted({bank.size(1) for bank in banks})]
+    return [*groups, dict(params=routers, lr=0.004 * k, **shared)]

@@ -70,13 +70,16 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT; each of its parameters is in one group of one of them.
 
-    Muon takes the matrices of the blocks; AdamW takes the embedding, the head, the banks and the routers.
-    The rates are nanochat's, those of AdamW times (d / 768)^-½. lr_scale: a factor on all rates. Each
-    group keeps its highest rate as `peak_lr`: see set_learning_rates.
+    Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head and the
+    banks. The rates are nanochat's, those of AdamW times (d / 768)^-½, but the banks': see
+    memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its highest rate as `peak_lr`:
+    see set_learning_rates.
     """
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     memory = memory_parameter_groups(model, lr_scale)
-    taken = {p for group in memory for p in group["params"]}
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear) and m.weight not in taken]
+    for group in memory:  # a router of another kind stays with AdamW
+        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
+    memory = [group for group in memory if group["params"]]
     k = lr_scale * (model.config.dim / 768) ** -0.5
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
               dict(params=[model.head.weight], lr=0.004 * k)]
@@ -107,7 +110,7 @@ def bank_use(model, adamw):
     second moment other than 0: it fades, but to the smallest number there is. row_norm: mean norm of a row.
     """
     rows = used = norms = 0
-    for bank in (p for group in memory_parameter_groups(model)[:1] for p in group["params"]):
+    for bank in (p for group in memory_parameter_groups(model)[:-1] for p in group["params"]):
         moment = adamw.state.get(bank, {}).get("exp_avg_sq")
         rows += bank[..., 0].numel()
         used += 0 if moment is None else moment.any(dim=-1).sum().item()
