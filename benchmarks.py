@@ -1,15 +1,9 @@
-"""Measurements and checks, as commands that anyone can run.
-
-    python experiments.py curves out/<run> out/<run>             losses and gates of several runs in one chart
-    python experiments.py words out/<run>                        does a run write words, and words of its own?
-    python experiments.py digits out/<run>/samples_<step>.npz    are generated digits what was asked for?
-    python experiments.py overhead                               what the memory costs on the clock (CUDA GPU)
-"""
+"""Checks and measurements of trained and of random models: the commands words, digits, overhead and curves of
+experiments.py."""
 import argparse
 import gc
 import re
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +14,20 @@ from torch import nn
 
 from move import GPT, GPTConfig, ValueBank
 from optimizers import make_optimizers
-from prepare_data import ArgumentParser, UserError, load_dataset, load_digits, run, split_images, write_file
-from run_folder import draw_curves, read_checkpoint
+from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
+from run_folder import draw_curves, first_line, read_checkpoint
 from train_gpt import load_run
 
 
 def read_samples(path):
     """(images uint8 (N, h, w, 3), classes (N,)) of a file that train_image.py --save_npz wrote."""
+    state_of(path)
     try:
         with np.load(path, allow_pickle=False) as samples:
             images, classes = samples["arr_0"], samples["arr_1"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # there is no end to what bytes at random make a reader raise
         raise UserError(f"{path} is no file of train_image.py --save_npz ({error})") from None
     if images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8 or classes.shape != images.shape[:1]:
         raise UserError(f"{path} has images of shape {images.shape[1:]}, expected digits of (8, 8, 3)")
@@ -263,26 +260,36 @@ def words(args):
     print(f"all: {total} words, {known / total:.1%} of them in the data set")
 
 
-def main(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="experiment", required=True)
+def curves(args):
+    """Draws losses and gates of several runs in one chart."""
+    try:
+        draw_curves(args.runs, args.out)
+    except OSError:
+        raise
+    except Exception as error:  # of what stands in the logs
+        raise UserError(f"log.jsonl of {', '.join(map(str, args.runs))} cannot be drawn "
+                        f"({first_line(error)})") from None
+    print(f"wrote {args.out}")
 
-    def command(function, name=None):
-        name = name or function.__name__
-        sub = commands.add_parser(name, description=function.__doc__,
+
+def add_commands(commands):
+    """Adds curves, words, digits and overhead to the command line of experiments.py."""
+    def command(function, call):
+        sub = commands.add_parser(function.__name__, description=function.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(call=call)
         return sub.add_argument
 
-    add = command(draw_curves, "curves")
+    add = command(curves, curves)
     add("runs", type=Path, nargs="+", help="folders of runs")
     add("--out", type=Path, default=Path("curves.png"), help="the chart")
-    add = command(words)
+    add = command(words, words)
     add("run", type=Path, help="the folder of a run of text")
     add("--seeds", type=int, default=5, help="texts to write")
     add("--words", type=int, default=2000, help="of each text, at least")
-    add = command(digits)
+    add = command(digits, lambda args: digits(args.samples))
     add("samples", type=Path, help="the .npz file of train_image.py --save_npz")
-    add = command(overhead)
+    add = command(overhead, overhead)
     add("--variants", nargs="+", default=VARIANTS, help="the first is what the others are compared with")
     add("--tokens", type=int, default=32768, help="of a micro-batch")
     add("--seq_len", type=int, default=2048, help="tokens of a sequence")
@@ -293,15 +300,3 @@ def main(argv=None):
     add("--data_dir", type=Path, default=Path("data"), help="where the data sets are")
     add("--rounds", type=int, default=10, help="measured steps of each variant")
     add("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
-    args = parser.parse_args(argv)
-    if args.experiment == "curves":
-        draw_curves(args.runs, args.out)
-        print(f"wrote {args.out}")
-    elif args.experiment == "digits":
-        digits(args.samples)
-    else:
-        dict(words=words, overhead=overhead)[args.experiment](args)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,14 +1,258 @@
-"""experiments.py: the charts, and what the measurements refuse."""
+"""The experiments at toy size, what they measure in cases where it is known, and the benchmarks."""
+import argparse
+import functools
+import json
+import os
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import command, fails
 from PIL import Image
 
+import benchmarks
 import experiments
+import lab
 import train_gpt
-from prepare_data import UserError
+from move import GPT, GPTConfig, ValueBank, ValueMixer
+from optimizers import make_optimizers
+from prepare_data import UserError, load_dataset
+
+TOY = dict(depth=2, seeds=1, steps=2, seq_len=32, batch_tokens=64, eval_tokens=64, evaluations=2)
+
+
+@pytest.fixture
+def toy(monkeypatch, data_dir, tmp_path):
+    """Arguments of an experiment of a second or two."""
+    monkeypatch.setattr(lab, "QUICK", TOY)
+    monkeypatch.setattr(train_gpt, "update_curves", lambda folder: None)
+    return ["--quick", "--dataset", "small", "--data_dir", str(data_dir), "--out_dir", str(tmp_path / "out"),
+            "--device", "cpu"]
+
+
+def small_model(memory="move", n_slots=2, seed=0, **about):
+    torch.manual_seed(seed)
+    config = dict(vocab_size=512, seq_len=16, n_layers=3, n_heads=2, dim=16)
+    return GPT(GPTConfig(**{**config, "memory": memory, "n_slots": n_slots, **about}))
+
+
+def awake(model):
+    """All its parameters are random, so that nothing is zero by its start."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("experiment, runs", [
+    (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
+    (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.recipe, 33)])
+def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
+    if experiment is experiments.scaling:
+        toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
+    experiments.main([experiment.__name__, *toy])
+    name = f"{experiment.__name__}-small"
+    report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    assert report["table"] and report["sentences"] and all(report["sentences"])
+    for row in report["table"]:
+        values = [v for key, v in row.items() if key == "bits per byte"]
+        assert len(values) == 1 and 2 < float(values[0].split()[0]) < 8
+    trained = [path for path in (tmp_path / "out" / "runs").iterdir() if path.is_dir()]
+    assert len(trained) == runs
+    assert not list((tmp_path / "out").glob("runs/*/checkpoint.pt"))
+    with Image.open(tmp_path / "out" / f"{name}.png") as chart:
+        assert chart.width > 400 and os.path.getsize(tmp_path / "out" / f"{name}.png") < 150_000
+    monkeypatch.setattr(train_gpt, "train", None)  # nothing is trained again
+    experiments.main([experiment.__name__, *toy])
+    assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["table"] == report["table"] or \
+        experiment is experiments.mla  # which measures a speed
+
+
+def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "read_senses", lambda path: [
+        ("self", sense, f"one two three four five six seven {i} self") for sense in "ab" for i in range(2)])
+    experiments.main(["gates", *toy])
+    report = json.loads((tmp_path / "out" / "gates-small.json").read_text())
+    assert {row["layer"] for row in report["table"]} == {1, 2} and len(report["table"]) == 10
+    assert (tmp_path / "out" / "gates-small.png").exists()
+    run, = (tmp_path / "out" / "runs").glob("*/checkpoint.pt")
+    (tmp_path / "a.txt").write_text("def f(self): <b>")
+    experiments.main(["gates", *toy, "--run", str(run.parent), "--text", str(tmp_path / "a.txt")])
+    assert "&lt;" in (tmp_path / "out" / "gates.html").read_text()
+    fails(experiments, ["gates", *toy, "--run", tmp_path, "--text", "x"], "checkpoint.pt")
+
+
+def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):
+    """A run that failed is named, with what to do; the others are kept, and it starts anew."""
+    real = train_gpt.train
+
+    def train(args, *others):
+        if args.memory == "lave":
+            raise UserError("no more power")
+        return real(args, *others)
+
+    monkeypatch.setattr(train_gpt, "train", train)
+    fails(experiments, ["parity", *toy], "1 runs failed.*lave.*no more power")
+    monkeypatch.setattr(train_gpt, "train", lambda args, *others: real(args, *others)
+                        if args.memory == "lave" else pytest.fail("trained twice"))
+    experiments.main(["parity", *toy])
+    for flag, value in [("--steps", 0), ("--seeds", -1), ("--depth", 0), ("--dataset", "nothing")]:
+        fails(experiments, ["parity", *toy, flag, value], "nothing" if value == "nothing" else flag)
+
+
+def test_runs_on_several_gpus(toy, tmp_path):
+    """Two processes train what one would, here on the CPU."""
+    args = argparse.Namespace(quick=True, dataset="small", data_dir=Path(toy[4]), out_dir=tmp_path,
+                              device="cpu", depth=1, seeds=2, steps=1)
+    pool = lab.Lab(args, "pool")
+    runs = pool.runs("move", 1)
+    (tmp_path / "both").mkdir(), (tmp_path / "one").mkdir()
+    assert sorted((run.name, error) for run, error in pool.finished(runs, tmp_path / "both", 2)) \
+        == [(run.name, None) for run in runs]
+    for run in runs:
+        assert lab.train_run(run, tmp_path / "one") is None
+        a, b = (lab.result(run, tmp_path / name) for name in ("both", "one"))
+        assert a["bits"] == b["bits"]
+    assert a["bits"] != lab.result(runs[0], tmp_path / "one")["bits"]  # another seed
+
+
+def test_mean_spread_and_comparison():
+    a, b, c = ([dict(bits=x) for x in xs] for xs in ((1.0, 1.2), (2.0, 2.2), (1.1,)))
+    assert lab.spread(a) == "1.1000 ± 0.1414 (2)" and lab.spread(c) == "1.1000 (1)"
+    assert lab.noise(a) == pytest.approx(0.02 ** 0.5) and lab.noise(c) == 0
+    assert lab.differ(b, a) == pytest.approx(1) and lab.differ(a, b) == pytest.approx(-1)
+    assert lab.differ(a, [dict(bits=1.0), dict(bits=1.1)]) == 0
+    assert "better" in lab.compare("a", a, "b", b) and "worse" in lab.compare("b", b, "a", a)
+
+
+def test_the_gradient_of_a_row_by_layer():
+    """The layers' parts add up to autograd's gradient of the bank; a layer that is detached has none."""
+    model = awake(small_model()).double()
+    idx, targets = torch.randint(20, (2, 16)), torch.randint(512, (2, 16))
+    parts = experiments.gradients_by_layer(model, idx, targets)
+    model(idx, targets).backward()
+    ids = idx.unique()
+    assert len(parts) == 3 and all(part.abs().max() > 0 for part in parts)
+    assert torch.allclose(sum(parts).double(), model.bank.weight.grad[ids].flatten(1), rtol=1e-4, atol=1e-7)
+    experiments.one_layer_trains(model, 1)
+    alone = experiments.gradients_by_layer(model, idx, targets)
+    assert not alone[0].any() and not alone[2].any() and torch.allclose(alone[1], parts[1])
+    model.zero_grad()
+    model(idx, targets).backward()
+    assert torch.allclose(parts[1].double(), model.bank.weight.grad[ids].flatten(1), rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_that_help_and_hinder(data_dir):
+    """|Σ g|² / Σ |g|² is L where all layers have the same gradient, and their cosine 1."""
+    model, data = awake(small_model(n_layers=2)), load_dataset(data_dir / "small")
+    found = experiments.look_at_gradients(model, data)
+    assert len(found["norms"]) == 2 and -1 < found["cosine"] < 1 and 0 < found["together"] < 2
+    with pytest.MonkeyPatch.context() as patch:
+        same = [torch.ones(5, 8)] * 2
+        patch.setattr(experiments, "gradients_by_layer", lambda *_: same)
+        found = experiments.look_at_gradients(model, data)
+        assert found["cosine"] == pytest.approx(1) and found["together"] == pytest.approx(2)
+        patch.setattr(experiments, "gradients_by_layer", lambda *_: [same[0], -same[0]])
+        found = experiments.look_at_gradients(model, data)
+        assert found["cosine"] == pytest.approx(-1) and found["together"] == 0
+
+
+def test_what_gates_carry(data_dir):
+    """Gates that do not depend on the context carry nothing; equal slots have a cosine of 1."""
+    model, data = awake(small_model(n_slots=3)), load_dataset(data_dir / "small")
+    found = experiments.frozen_gates(model, data)
+    assert abs(found["mean"]) > 1e-4 and abs(found["mean_of_id"]) > 1e-4 and abs(found["slot_cosine"]) < 0.3
+    for mixer in (m for m in model.modules() if isinstance(m, ValueMixer)):
+        torch.nn.init.zeros_(mixer.router.weight)
+    model.bank.weight.data[:] = model.bank.weight.data[:, :1]
+    found = experiments.frozen_gates(model, data)
+    assert found["mean"] == found["mean_of_id"] == 0 and found["slot_cosine"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("g_0, g_i, layers", [
+    ([1, 1], [1, 1], []), ([1.9, 1], [0.01, 1], [0]), ([1, 0.05], [1, 1.5], [1]),
+    ([1.9, 0.2], [0.5, 0.01], [])])
+def test_gates_that_collapse_are_found(g_0, g_i, layers):
+    assert experiments.collapsed(g_0, g_i) == layers
+
+
+def test_gates_start_where_the_bias_says():
+    model = small_model()
+    experiments.bias_gates(model, -2, 2)
+    gates = model.blocks[1].attention.mixer.gates(torch.randn(1, 4, 16))
+    expected = 2 * torch.sigmoid(torch.tensor([-2.0, 2, 2])).expand(1, 4, 2, 3)
+    assert torch.allclose(gates, expected)
+    held = {p for optimizer in make_optimizers(model) for g in optimizer.param_groups for p in g["params"]}
+    assert held == set(model.parameters())
+
+
+def test_rows_of_pairs_of_ids():
+    model = small_model()
+    experiments.read_by_pairs(model)
+    idx = torch.tensor([[3, 7, 5, 7, 3, 7]])
+    rows = model.bank(idx)[0]
+    assert torch.equal(rows[1], rows[5])  # 3, 7 twice
+    assert not torch.equal(rows[1], rows[3])  # 5, 7
+
+
+@pytest.mark.parametrize("n_slots", [4, 16])
+def test_the_step_of_the_values_follows_the_rule(n_slots):
+    """All slots of an id move by the learning rate, and V_S by M of it: 0.15 · k · √M."""
+    model = small_model(n_slots=n_slots)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.w_o.weight)
+    idx = torch.arange(16).unsqueeze(0)
+    before = model.bank.weight.detach().sum(1)[idx[0]]
+    optimizers = make_optimizers(model)
+    model(idx, idx.flip(1)).backward()
+    optimizers[1].step()
+    moved = (model.bank.weight.detach().sum(1)[idx[0]] - before).abs()
+    k = (16 / 768) ** -0.5
+    assert moved.median().item() == pytest.approx(0.15 * k * n_slots ** 0.5, rel=1e-3)
+
+
+def test_one_second_moment_a_row():
+    """As plain loops over rows; a row without a gradient stays where it is."""
+    rng = np.random.default_rng(0)
+    p = torch.nn.Parameter(torch.zeros(4, 2, 3))
+    optimizer, expected, v = experiments.RowAdam([p], lr=0.1), np.zeros((4, 2, 3)), np.zeros((4, 2))
+    for _ in range(5):
+        g = rng.normal(size=(4, 2, 3)) * (rng.random((4, 2, 1)) < 0.5)
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+        for i in range(4):
+            for j in range(2):
+                if g[i, j].any():
+                    square = (g[i, j] ** 2).mean()
+                    v[i, j] = square if v[i, j] == 0 else 0.95 * v[i, j] + 0.05 * square
+                    expected[i, j] -= 0.1 * g[i, j] / v[i, j] ** 0.5
+        assert np.allclose(p.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["move", "lave", "none"])
+def test_varied_optimizers(memory):
+    """Each parameter stays in one group of one optimizer; factors change the rates they are for."""
+    model = small_model(memory)
+    usual = make_optimizers(model)[1].param_groups
+    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
+    for options in (dict(bank=4, embedding=0.5, head=2), dict(routers="adamw"), dict(rows=True)):
+        groups = [g for o in experiments.varied_optimizers(model, 1.0, **options) for g in o.param_groups]
+        held = [p for g in groups for p in g["params"]]
+        assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+        assert all(g["lr"] == g["peak_lr"] for g in groups)
+        rates = {p: g["lr"] for g in groups for p in g["params"]}
+        for group in usual:
+            for p in group["params"]:
+                kind = "bank" if any(p is bank for bank in banks) else \
+                    "embedding" if p is model.embedding.weight else "head"
+                assert rates[p] == pytest.approx(group["lr"] * options.get(kind, 1))
+
+
+def test_banks_that_start_otherwise():
+    model = small_model(n_slots=4, vocab_size=4096)
+    functools.partial(experiments.start_banks, std=0.02)(model)
+    assert model.bank.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_overhead_refuses_what_it_cannot_measure():
@@ -16,14 +260,14 @@ def test_overhead_refuses_what_it_cannot_measure():
                         (["--variants"], "--variants")]:
         fails(experiments, ["overhead", *flags], name)
     with pytest.raises(UserError, match="move-x"):
-        experiments.Variant("move-x", None, 64)
+        benchmarks.Variant("move-x", None, 64)
     if not torch.cuda.is_available():
         fails(experiments, ["overhead"], "CUDA")
 
 
 def test_the_overhead_chart_has_a_bar_a_variant(tmp_path):
     rows = [("standard", 0, 0, 0), ("move-x1", 0.02, 0.01, 0.03)]
-    experiments.draw_overhead(rows, tmp_path / "chart.png")
+    benchmarks.draw_overhead(rows, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as chart:
         colors = chart.convert("RGB").getcolors(1 << 20)
     assert max(count for count, color in colors if color == (0x33, 0x66, 0xCC)) > 1000
@@ -41,9 +285,17 @@ def test_words_and_curves_of_a_run(data_dir, tmp_path, capsys):
         assert chart.width > 500
     fails(experiments, ["words", tmp_path], "checkpoint.pt")
     fails(experiments, ["curves", tmp_path / "nothing"], "nothing")
+    with open(out_dir / "log.jsonl", "a") as log:
+        log.write('[1]\nno JSON\n{"loss": 1}\n{"step": 3, "val_bits_per')  # a kill cut it short
+    experiments.main(["curves", str(out_dir), "--out", str(tmp_path / "cut.png")])
+    with open(out_dir / "log.jsonl", "a") as log:
+        log.write('\n{"step": "x", "val_bits_per_byte": {}}\n')
+    fails(experiments, ["curves", out_dir, "--out", tmp_path / "odd.png"], "run")
+    os.mkfifo(tmp_path / "pipe.npz")
+    fails(experiments, ["digits", tmp_path / "pipe.npz"], "pipe.npz")
 
 
 def test_copied_text_is_found():
-    assert experiments.copied("abcdefgh", "xxcdefyy", 4) == "cdef"
-    assert experiments.copied("abcdefgh", "xxcdefyy", 5) is None
-    assert experiments.copied("abc", "abc", 4) is None
+    assert benchmarks.copied("abcdefgh", "xxcdefyy", 4) == "cdef"
+    assert benchmarks.copied("abcdefgh", "xxcdefyy", 5) is None
+    assert benchmarks.copied("abc", "abc", 4) is None

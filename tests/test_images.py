@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import torch
 from conftest import HERE, fails, log_of
 from PIL import Image
 
+import benchmarks
+import command_line
 import experiments
 import image_data
 import prepare_data
@@ -414,6 +417,45 @@ def test_a_transparent_color_is_white(mode, color, tmp_path):
     assert (image_data.read_image(tmp_path / "a.png", 8) == 255).all()
 
 
+def png(path, depth, kind, row, hidden):
+    """Saves a PNG of 8 equal rows, of this depth, kind of color and transparent color."""
+    def chunk(name, content):
+        crc = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + crc
+
+    header = struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", hidden)
+                     + chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth, kind, row, hidden, seen", [
+    (1, 0, b"\x0f", b"\0\0", 255),
+    (2, 0, b"\x55\xaa", b"\0\1", 170), (4, 0, b"wwDD", b"\0\7", 68),
+    (8, 0, b"\7\7\7\7\3\3\3\3", b"\0\7", 3), (16, 0, b"\7\1" * 4 + b"\3\1" * 4, b"\7\1", 3),
+    (8, 2, b"\1\2\3" * 4 + b"\5\5\5" * 4, b"\0\1\0\2\0\3", 5),
+    (16, 2, b"\1\2\3\4\5\6" * 4 + b"\5\2" * 12, b"\1\2\3\4\5\6", 5)])
+def test_a_transparent_color_of_any_depth_is_white(depth, kind, row, hidden, seen, tmp_path):
+    png(tmp_path / "a.png", depth, kind, row, hidden)
+    image = image_data.read_image(tmp_path / "a.png", 8)
+    assert (image[:, :4] == 255).all() and (image[:, 4:] == seen).all()
+
+
+@pytest.mark.parametrize("bits, white_is, content, seen", [
+    (8, 1, b"\x30", 0x30), (8, 0, b"\x30", 0xcf), (16, 1, b"\x12\x30", 0x30), (16, 0, b"\x12\x30", 0xcf),
+    (12, 1, b"\xff\xff\xff", 255), (12, 1, b"\x30\x03\x00", 0x30),
+    (32, 0, struct.pack("<f", 1), 0), (32, 0, struct.pack("<f", 0.2), 204)])
+def test_gray_of_tiff(bits, white_is, content, seen, tmp_path):
+    """Also where 0 is white, as in scans, and where the values have 12 bits."""
+    content *= 64 * bits // 8 // len(content)
+    entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, white_is),
+               (273, 4, 1, 200), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, len(content)),
+               (339, 3, 1, 3 if bits == 32 else 1)]
+    header = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    header += b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    (tmp_path / "a.tif").write_bytes(header.ljust(200, b"\0") + content)
+    assert image_data.read_image(tmp_path / "a.tif", 8)[0, 0].tolist() == [seen] * 3
+
+
 def jpeg_with_exif(path, image, *entries):
     """Saves a JPEG with these entries (tag, type, count, value) as its EXIF data."""
     content = b"".join(struct.pack("<HHII", *entry) for entry in entries)
@@ -631,6 +673,12 @@ def test_a_decoder_works_in_any_folder(digits_dir, tmp_path):
         image_data.load_decoder(tmp_path, data.meta)
 
 
+def test_a_pipe_instead_of_a_decoder(digits_dir, tmp_path):
+    os.mkfifo(tmp_path / "codebook.npy")
+    with pytest.raises(ValueError, match="codebook.npy"):
+        image_data.load_decoder(tmp_path, prepare_data.load_dataset(digits_dir / "digits").meta)
+
+
 @pytest.mark.parametrize("array", [
     np.zeros((256, 11), np.uint8), np.zeros((256, 12)), np.zeros((9, 12), np.uint8), np.uint8(0), b"x"])
 def test_codebooks_that_are_none(array, digits_dir, tmp_path):
@@ -749,7 +797,7 @@ def test_digits_are_learned(finished, digits_dir, tmp_path, capsys):
         images, classes = samples["arr_0"], samples["arr_1"]
     assert images.shape == (205, 8, 8, 3) and images.dtype == np.uint8
     assert sorted(np.bincount(classes)) == [20] * 5 + [21] * 5
-    experiments.digits(tmp_path / "run" / "samples_100.npz", steps=250)
+    benchmarks.digits(tmp_path / "run" / "samples_100.npz", steps=250)
     lines = capsys.readouterr().out.splitlines()[-3:]
     real, generated = (float(re.search(r": ([\d.]+)%", line)[1]) for line in lines[:2])
     assert real > 95 and generated > 60  # of a quarter of the run; the whole one is in the README
@@ -757,7 +805,7 @@ def test_digits_are_learned(finished, digits_dir, tmp_path, capsys):
     assert 0.7 * held_out < new < 2.5 * held_out  # neither copies nor noise
     (train, labels), _ = prepare_data.split_images(*prepare_data.load_digits())
     np.savez(tmp_path / "copies.npz", train[:100], (labels[:100] + 1) % 10)  # copies, each of another class
-    experiments.digits(tmp_path / "copies.npz", steps=250)
+    benchmarks.digits(tmp_path / "copies.npz", steps=250)
     assert re.search(r"digits: 0\.0%(.|\n)*differ by 0 gray", capsys.readouterr().out)
 
 
@@ -874,6 +922,10 @@ def test_out_of_memory_says_what_to_lower(digits_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GPT, "forward", forward)
     fails(train_image, command(digits_dir, tmp_path / "run"), "memory.*--micro_batch 32")
+    for error in (RuntimeError("std::bad_alloc"), MemoryError()):
+        with pytest.raises(UserError, match="memory.*--save_npz 7"), prepare_data.memory_advice(
+                lambda: command_line.how_to_save_memory(argparse.Namespace(save_npz=7, device="cpu"))):
+            raise error
 
 
 def test_images_of_imagenet_are_generated(server, tmp_path, monkeypatch, vqgan):

@@ -1,0 +1,581 @@
+"""The paper's experiments, and a few more, as commands that anyone can run.
+
+    python experiments.py scaling --quick       two CPU cores, minutes: the same code at a smaller size
+    python experiments.py scaling               all GPUs of the machine, a run on each
+    python experiments.py scaling --dataset english --depth 8 --seeds 3 --steps 600
+
+    parity            bits per byte of no memory, LaVE and MoVE against steps and seconds
+    scaling           against the size of the memory, at several depths
+    gates             do the gates of a word depend on its sense? --text: a page that shows them
+    gradient_highway  the gradient that reaches a row, layer by layer; a bank that one layer trains
+    ablation          one bank or a table a layer, with or without the gate on the ordinary value
+    gate_init         gates that start open to the memory, to the context, or neutral
+    mla               the memory in the latent: bits per byte, bytes of the cache, speed of decoding
+    keys              rows found by a hash of the last two ids instead of the last one
+    recipe            learning rates, optimizers and start of the memory, one change at a time
+
+Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
+out/experiments/<name>-<dataset>.json and .png. Then there are checks and measurements of benchmarks.py:
+
+    python experiments.py curves out/<run> out/<run>             losses and gates of several runs in one chart
+    python experiments.py words out/<run>                        does a run write words, and words of its own?
+    python experiments.py digits out/<run>/samples_<step>.npz    are generated digits what was asked for?
+    python experiments.py overhead                               what the memory costs on the clock (CUDA GPU)
+"""
+import argparse
+import functools
+import itertools
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C while modules load
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import benchmarks
+from gates import draw_senses, read_senses, sense_distances, text_of, write_page
+from lab import FULL, Lab, average, compare, curves, differ, mean, noise, spread
+from move import GPT, Linear, ValueBank, ValueMixer
+from optimizers import make_optimizers
+from prepare_data import ArgumentParser, run, token_bytes
+from run_folder import newest_run
+from train_gpt import TextWindows, load_run
+
+# ------------------------------------------------------------------------------------------ experiments
+
+
+def parity(lab):
+    """No memory, LaVE-×1 and MoVE-×1: bits per byte against steps and seconds."""
+    half = max(1, lab.depth // 2)
+    done = lab.train({"none": lab.runs("none"), "LaVE-×1": lab.runs("lave", half),
+                      "MoVE-×1": lab.runs("move", half)})
+    table = lab.table(["method", "bits per byte", "tokens/s"],
+                      [[label, spread(rs), f"{mean(rs, 'tokens_per_s'):,.0f}"] for label, rs in done.items()])
+    sentences = [compare("LaVE-×1", done["LaVE-×1"], "none", done["none"]),
+                 compare("MoVE-×1", done["MoVE-×1"], "none", done["none"]),
+                 compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])]
+    lab.write(table, sentences, [
+        dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
+             ylabel="validation, bits per byte") for against in ("steps", "seconds")])
+
+
+def scaling(lab):
+    """More slots: M = L/4, L/2, L, 2L, 4L for MoVE and for LaVE with as many tables, at several depths."""
+    depths = [lab.depth] if lab.args.depth else [2, 4] if lab.args.quick else [4, 8]
+    methods, sizes = {}, {}
+    for depth in depths:
+        factors = (1 / 4, 1 / 2, 1, 2, 4) if depth < 12 else (1 / 2, 1, 2)
+        sizes[depth] = sorted({max(1, round(depth * factor)) for factor in factors})
+        methods["none", 0, depth] = lab.runs("none", depth=depth)
+        for memory, n_slots in itertools.product(("lave", "move"), sizes[depth]):
+            methods[memory, n_slots, depth] = lab.runs(memory, n_slots, depth=depth)
+    done = lab.train(methods)
+    table = lab.table(["memory", "M", "depth", "memory parameters", "bits per byte"],
+                      [[*about, f"{lab.memory_parameters(*about) / 1e6:.1f}M", spread(rs)]
+                       for about, rs in done.items()])
+    sentences, lines, gains = [], {}, {}
+    for depth, memory in itertools.product(depths, ("lave", "move")):
+        series = [done[memory, n, depth] for n in sizes[depth]]
+        lines[f"{memory}, depth {depth}"] = ([lab.memory_parameters(memory, n, depth) for n in sizes[depth]],
+                                             [mean(rs) for rs in series], [noise(rs) for rs in series])
+        best = 0
+        while best + 1 < len(series) and differ(series[best], series[best + 1]) > 0:
+            best += 1
+        few, *_, many = sizes[depth]
+        label = f"{memory}, depth {depth}, M = "
+        sentences += [f"{memory}, depth {depth}: from M = {few} on, each step to more slots helps more than "
+                      f"seeds differ up to M = {sizes[depth][best]}.",
+                      compare(f"{label}{many}", series[-1], f"M = {few}", series[0])]
+        if memory == "move":
+            without = curves(done["none", 0, depth])[1]
+            for n, (steps, bits) in zip(sizes[depth], map(curves, series), strict=True):
+                gains[label + str(n)] = steps * lab.flags["batch_tokens"] / lab.vocab_size, without - bits
+    lab.write(table, sentences, [
+        dict(lines=lines, xlabel="memory parameters", ylabel="validation, bits per byte", xscale="log"),
+        dict(lines=gains, xlabel="tokens seen per row", ylabel="gain over no memory, bits per byte",
+             xscale="log")])
+
+
+def ablation(lab):
+    """Two switches at equal parameters: one bank or a table a layer; a gate on the ordinary value or not."""
+    half = max(1, lab.depth // 2)
+    methods = {}
+    for memory, gate in itertools.product(("move", "lave"), (True, False)):
+        default = gate == (memory == "move")
+        methods[memory, gate] = lab.runs(memory, half, "" if default else f"gate{gate:d}",
+                                         flags=None if default else dict(gate_value=gate))
+    done = lab.train(methods)
+    names = dict(move="one bank", lave="tables of layers")
+    table = lab.table(["memory", "g_0", "bits per byte"],
+                      [[names[memory], "gated" if gate else "1", spread(rs)]
+                       for (memory, gate), rs in done.items()])
+    sentences = [compare("one bank", done["move", True], "tables of layers", done["lave", True]),
+                 compare("a gate on the ordinary value", done["move", True], "none", done["move", False])]
+    lab.write(table, sentences, [
+        dict(lines={f"{names[memory]}, g_0 {'gated' if gate else '= 1'}": curves(rs)
+                    for (memory, gate), rs in done.items()},
+             xlabel="steps", ylabel="validation, bits per byte")])
+
+
+# --- gates
+
+
+def gates(lab):
+    """Do the gates of a word depend on its sense? The distance of gates between two senses of a word beside
+    that within one sense, by layer and by length of the context, for the words of docs/senses.txt. With
+    --text no test: a page of HTML that shows the gates of a text."""
+    if lab.args.text is not None:
+        folder = lab.args.run or newest_run("text")
+        path, text = lab.args.out_dir / "gates.html", text_of(lab.args.text)
+        lab.args.out_dir.mkdir(parents=True, exist_ok=True)
+        write_page(*load_run(folder), text, path)
+        print(f"wrote {path}, the gates of the run in {folder}; open it in a browser")
+        return
+    if lab.args.run:
+        folders = [lab.args.run]
+    else:
+        runs = lab.runs("move", max(1, lab.depth // 2), "kept", keep=True)
+        lab.train({"MoVE-×1": runs})
+        folders = [lab.args.out_dir / "runs" / run.name for run in runs]
+    senses = read_senses(Path(__file__).parent / "docs" / "senses.txt")
+    found = [sense_distances(*load_run(folder), senses) for folder in folders]
+    first = found[0]
+    print(f"{len(first['words'])} words are one token: {', '.join(first['words'])}; dropped: "
+          f"{', '.join(first['dropped']) or 'none'}")
+    between, within, error = (np.array([f[key] for f in found]) for key in ("between", "within", "error"))
+    rows, clear = [], []  # the arrays are (seeds, lengths, layers)
+    for (i, n), (j, layer) in itertools.product(enumerate(first["lengths"]), enumerate(first["layers"])):
+        difference = between[:, i, j] - within[:, i, j]
+        rows.append([int(n), int(layer), f"{between[:, i, j].mean():.4f}", f"{within[:, i, j].mean():.4f}",
+                     f"{difference.mean():.4f} ± {error[:, i, j].mean():.4f}"])
+        if n == first["lengths"][-1] and (difference > 2 * error[:, i, j]).all():
+            clear.append(str(layer))
+    table = lab.table(["tokens of context", "layer", "distance between senses", "within a sense",
+                       "difference ± error over words"], rows)
+    lab.write(table, [f"With {n} tokens of context gates differ more between senses of a word than within "
+                      f"one, by over two standard errors, in these layers: {', '.join(clear) or 'none'}."])
+    draw_senses(first, lab.report.with_suffix(".png"))
+
+
+# --- gate_init
+
+
+class BiasedRouter(Linear):
+    """A router with a bias, so that gates can start anywhere: z = x W_G + b."""
+
+    def __init__(self, router, bias):
+        super().__init__(router.in_features, router.out_features, std=0)
+        self.start = nn.Parameter(bias)
+
+    def forward(self, x):
+        return super().forward(x) + self.start.to(x.dtype)
+
+
+def bias_gates(model, value, slots):
+    """Gates start at 2σ(value) for g_0 and at 2σ(slots) for the slots."""
+    for mixer in model.modules():
+        if isinstance(mixer, ValueMixer):
+            bias = torch.full((mixer.n_heads, mixer.router.out_features // mixer.n_heads), float(slots))
+            bias[:, 0] = value
+            mixer.router = BiasedRouter(mixer.router, bias.flatten())
+
+
+def collapsed(g_0, g_i):
+    """The layers (from 0) whose mean gates have collapsed: the memory is ignored, or the context is."""
+    return [layer for layer, (value, slot) in enumerate(zip(g_0, g_i, strict=True))
+            if (value > 1.8 and slot < 0.1) or value < 0.1]
+
+
+def gate_init(lab):
+    """Gates that start open to the memory (g_0 = 0.24, g_i = 1.76), to the context, or neutral (1)."""
+    half, starts = max(1, lab.depth // 2), dict(neutral=(0, 0), memory=(-2, 2), context=(2, -2))
+    done = lab.train({name: lab.runs("move", half, f"gates-{name}", flags=dict(kernels=False),
+                                     change=functools.partial(bias_gates, value=value, slots=slots))
+                      for name, (value, slots) in starts.items()})
+    rows = []
+    for name, rs in done.items():
+        layers = sorted(set(itertools.chain(*(collapsed(r["g_0"][-1], r["g_i"][-1]) for r in rs))))
+        g_0, g_i = (np.mean([np.mean(r[key][-1]) for r in rs]) for key in ("g_0", "g_i"))
+        rows.append([name, spread(rs), f"{g_0:.2f}", f"{g_i:.2f}",
+                     ", ".join(str(layer + 1) for layer in layers) or "none"])
+    table = lab.table(["start", "bits per byte", "g_0 in the end", "g_i in the end", "collapsed layers"],
+                      rows)
+    panels = [dict(lines={name: curves(rs) for name, rs in done.items()}, xlabel="steps",
+                   ylabel="validation, bits per byte")]
+    for key in ("g_0", "g_i"):
+        panels.append(dict(lines={name: (rs[0]["curve"]["steps"], [np.mean(g) for g in rs[0][key]])
+                                  for name, rs in done.items()}, xlabel="steps", ylabel=f"mean {key}"))
+    sentences = [compare(f"a start open to the {name}", done[name], "a neutral one", done["neutral"])
+                 for name in ("memory", "context")]
+    lab.write(table, sentences, panels)
+
+
+# --- gradient_highway
+
+
+def reference(model):
+    """The same model with move.py's own modules, which hooks can be put into."""
+    copy = GPT(model.config, model.dtype).to(model.embedding.weight.device)
+    weights = model.state_dict()
+    for name, module in copy.named_modules():
+        if isinstance(module, ValueBank):
+            module.to(weights[f"{name}.weight"].dtype)
+    copy.load_state_dict(weights)
+    return copy
+
+
+def gradients_by_layer(model, idx, targets):
+    """What each layer with a router contributes to the gradient of the rows of the batch's ids: a list of
+    (ids, M·d) float32, zeros for a layer that does not train the memory."""
+    mixers = [module for module in model.modules() if isinstance(module, ValueMixer)]
+    read = []
+
+    def hook(mixer, inputs):
+        x, v, memory = inputs
+        read.append(memory.view_as(memory))  # a tensor of this layer alone
+        return x, v, read[-1]
+
+    hooks = [mixer.register_forward_pre_hook(hook) for mixer in mixers]
+    try:
+        loss = model(idx, targets)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    trained = [memory for memory in read if memory.requires_grad]
+    gradients = dict(zip(map(id, trained), torch.autograd.grad(loss, trained), strict=True))
+    ids, index = idx.flatten().unique(return_inverse=True)
+    rows = []
+    for memory in read:
+        row = torch.zeros(len(ids), memory[0, 0].numel(), device=idx.device)
+        if id(memory) in gradients:
+            row.index_add_(0, index, gradients[id(memory)].flatten(0, 1).flatten(1).float())
+        rows.append(row)
+    return rows
+
+
+def look_at_gradients(model, data):
+    """Of a batch of the validation set: the mean norm of a layer's gradient of a row; for a shared bank also
+    the mean cosine between the gradients of two layers, and |Σ g_l|² / Σ |g_l|², which is 1 where layers
+    have nothing to do with each other, more where they help and less where they hinder each other."""
+    config, device = model.config, model.embedding.weight.device
+    windows = TextWindows(data.val, config.seq_len, data.folder)
+    batch = windows[np.arange(min(8, len(windows)))]
+    gradients = gradients_by_layer(reference(model), *(t.to(device) for t in batch))
+    found = dict(norms=[g.norm(dim=1).mean().item() for g in gradients])
+    if config.memory == "move":
+        stack = torch.stack(gradients)
+        unit = F.normalize(stack, dim=-1)
+        pairs = [(unit[i] * unit[j]).sum(-1).mean().item()
+                 for i, j in itertools.combinations(range(len(unit)), 2)]
+        together = stack.sum(0).square().sum() / stack.square().sum()
+        found |= dict(cosine=float(np.mean(pairs)) if pairs else 0.0, together=together.item())
+    return found
+
+
+def one_layer_trains(model, layer):
+    """Only this layer (of those with a router) trains the bank; the others read it."""
+    mixers = [module for module in model.modules() if isinstance(module, ValueMixer)]
+    for i, mixer in enumerate(mixers):
+        if i != layer % len(mixers):
+            mixer.register_forward_pre_hook(lambda mixer, inputs: (*inputs[:2], inputs[2].detach()))
+
+
+def gradient_highway(lab):
+    """The gradient that reaches a row of the memory, layer by layer, shared and layer-local; and a shared
+    bank that only the middle layer trains. (A smaller gradient is no test: AdamW's step does not change.)"""
+    half = max(1, lab.depth // 2)
+    look = dict(look=look_at_gradients, looks=4)
+    done = lab.train({
+        "none": lab.runs("none"),
+        "LaVE-×1": lab.runs("lave", half, "looked", **look),
+        "MoVE-×1": lab.runs("move", half, "looked", **look),
+        "MoVE-×1, one layer trains the bank": lab.runs(
+            "move", half, "onelayer", flags=dict(kernels=False),
+            change=functools.partial(one_layer_trains, layer=lab.depth // 2))})
+    early = max(1, len(done["none"][0]["curve"]["steps"]) // 4)
+    rows, lines, used = [], {}, {}
+    for label, rs in done.items():
+        looks = [r["looks"][-1] for r in rs if r["looks"]]
+        norms = np.mean([look["norms"] for look in looks], axis=0) if looks else []
+        rows.append([label, spread(rs), f"{np.mean([r['curve']['bits'][early] for r in rs]):.4f}",
+                     " ".join(f"{norm:.1e}" for norm in norms),
+                     *(average(looks, key, ".2f") for key in ("cosine", "together"))])
+        if looks:
+            lines[label] = range(1, len(norms) + 1), norms
+        if label != "none":
+            used[label] = rs[0]["curve"]["steps"], np.mean([r["rows_used"] for r in rs], axis=0)
+    table = lab.table(["memory", "bits per byte", "at a quarter of the run", "gradient of a row, by layer",
+                       "cosine of two layers", "|Σ g|² / Σ |g|²"], rows)
+    one = done["MoVE-×1, one layer trains the bank"]
+    lab.write(table, [compare("MoVE-×1", done["MoVE-×1"], "one layer that trains the bank", one),
+                      compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])],
+              [dict(lines=lines, xlabel="layer with a router", ylabel="mean gradient norm of a row",
+                    yscale="log"),
+               dict(lines=used, xlabel="steps", ylabel="share of rows that have had a gradient"),
+               dict(lines={label: curves(rs) for label, rs in done.items()}, xlabel="steps",
+                    ylabel="validation, bits per byte")])
+
+
+# --- mla, keys
+
+
+def decoding_speed(config, device, tokens=64):
+    """Tokens a second of generation, a text at a time, with random weights."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = GPT(config, dtype).to(device).eval()
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for _ in range(2):  # the first time is slower
+        start = time.perf_counter()
+        ids = list(model.generate(prompt, min(tokens, config.seq_len)))
+        ids[-1].item()  # waits for the GPU
+    return len(ids) / (time.perf_counter() - start)
+
+
+def mla(lab):
+    """The memory in the latent of MLA, at growing scale: bits per byte, bytes of the cache, decoding."""
+    half = max(1, lab.depth // 2)
+    sizes = [scale * half for scale in ((1, 2) if lab.args.quick else (1, 2, 4, 8))]
+    flags = dict(flags=dict(attention="mla"))
+    methods = {("none", 0): lab.runs("none", **flags)}
+    for memory, n_slots in itertools.product(("lave", "move"), sizes):
+        methods[memory, n_slots] = lab.runs(memory, n_slots, **flags)
+    done, rows = lab.train(methods), []
+    for (memory, n_slots), rs in done.items():
+        config = lab.config(memory, n_slots, attention="mla")
+        with torch.device("meta"):
+            cache = GPT(config, torch.bfloat16).new_cache(1, 2)
+        rows.append([memory, n_slots, f"{lab.memory_parameters(memory, n_slots, None, 'mla') / 1e6:.1f}M",
+                     spread(rs), cache.bytes_per_token, f"{decoding_speed(config, lab.device):.0f}"])
+    table = lab.table(["memory", "M", "memory parameters", "bits per byte", "cache, bytes a token",
+                       "decoding, tokens/s"], rows)
+    lines = {memory: (sizes, *([f(done[memory, n]) for n in sizes] for f in (mean, noise)))
+             for memory in ("lave", "move")}
+    lab.write(table, [compare(f"{memory} with M = {n}", done[memory, n], "none", done["none", 0])
+                      for memory in ("lave", "move") for n in (sizes[0], sizes[-1])],
+              [dict(lines=lines, xlabel="M", ylabel="validation, bits per byte", xscale="log")])
+
+
+class PairBank(ValueBank):
+    """A bank whose rows are found by a hash of the last two ids."""
+
+    def forward(self, idx):
+        previous = F.pad(idx[:, :-1], (1, 0))
+        return super().forward((idx * 1_000_003 + previous * 92_821) % self.weight.size(0))
+
+
+def read_by_pairs(model):
+    model.bank.__class__ = PairBank
+
+
+def keys(lab):
+    """The same bank read by the last id, and by a hash of the last two; both without the kernels."""
+    half, methods = max(1, lab.depth // 2), {"none": lab.runs("none")}
+    for n_slots in (half, 4 * half):
+        for label, change in (("last id", None), ("last two ids", read_by_pairs)):
+            methods[f"{label}, M = {n_slots}"] = lab.runs(
+                "move", n_slots, label.replace(" ", "_"), change=change, flags=dict(kernels=False))
+    done = lab.train(methods)
+    table = lab.table(["rows found by", "bits per byte", "tokens/s"],
+                      [[label, spread(rs), f"{mean(rs, 'tokens_per_s'):,.0f}"] for label, rs in done.items()])
+    pairs = [(f"last two ids, M = {n}", f"last id, M = {n}") for n in (half, 4 * half)]
+    lab.write(table, [compare(a, done[a], b, done[b]) for a, b in pairs],
+              [dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
+                    ylabel="validation, bits per byte") for against in ("steps", "seconds")])
+
+
+# --- recipe
+
+
+class RowAdam(torch.optim.Optimizer):
+    """One second moment for each row (a slot of an id), and steps of the rows that have a gradient only:
+    p ← p - lr · g / √v, v ← v + (1 - beta)(mean g² - v), which starts as the row's first mean g²."""
+
+    def __init__(self, params, lr, beta=0.95):
+        super().__init__(params, dict(lr=lr, beta=beta))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                square = p.grad.float().square().mean(-1, keepdim=True)  # (V, M, 1)
+                if not self.state[p]:
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(square)
+                v, touched = self.state[p]["exp_avg_sq"], square > 0
+                later = v.lerp(square, 1 - group["beta"])
+                v.copy_(torch.where(touched, torch.where(v > 0, later, square), v))
+                p.copy_(p.float() - group["lr"] * p.grad.float() * torch.where(touched, v.rsqrt(), 0))
+
+
+def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=None, weight_decay=0.0,
+                      routers="muon", rows=False):
+    """make_optimizers with factors on the rates of the banks, the embedding and the head, and other choices:
+    betas and weight decay of the banks, routers by 'adamw', rows: RowAdam for the banks."""
+    muon, adamw = make_optimizers(model, lr_scale)
+    banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
+    extra = []
+    for group in adamw.param_groups:
+        p = group["params"][0]
+        factor = bank if p in banks else embedding if p is model.embedding.weight else head
+        group["lr"] *= factor
+        group["peak_lr"] *= factor
+        if p in banks:
+            group.update(betas=betas or group["betas"], weight_decay=weight_decay)
+            if rows:
+                extra.append(RowAdam(group["params"], group["lr"]))
+    if rows:
+        adamw.param_groups[:] = [g for g in adamw.param_groups if g["params"][0] not in banks]
+    if routers == "adamw" and banks:
+        held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
+        muon.param_groups[0]["params"] = [p for p in muon.param_groups[0]["params"]
+                                          if not any(p is router for router in held)]
+        lr = 0.004 * lr_scale * (model.config.dim / 768) ** -0.5
+        extra.append(torch.optim.AdamW(held, lr=lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0))
+    for optimizer in extra:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return [muon, adamw, *extra]
+
+
+def start_banks(model, std):
+    """Banks that start with another standard deviation."""
+    for bank in (m for m in model.modules() if isinstance(m, ValueBank)):
+        bank.weight.data.mul_(std / bank.std)
+
+
+def frozen_gates(model, data, sequences=32):
+    """Bits per byte that the gates carry: how many more there are with each gate at its mean over contexts
+    (`mean`), and at its mean over the contexts of the same id (`mean_of_id`); of part of the validation set.
+    And `slot_cosine`, the mean cosine between two slots of an id, weighted by how often the id comes."""
+    model = reference(model).eval()
+    config, device = model.config, model.embedding.weight.device
+    windows = TextWindows(data.val, config.seq_len, data.folder)
+    count = min(sequences, len(windows))
+    mixers = [module for module in model.modules() if isinstance(module, ValueMixer)]
+    seen, tokens = {mixer: [] for mixer in mixers}, []
+
+    def nats(gates_of):
+        """Mean cross-entropy where gates_of(mixer, idx, g) replaces the gates g."""
+        total = 0
+        for start in range(count):
+            idx, targets = (t.to(device) for t in windows[np.arange(start, start + 1)])
+            tokens.append(idx)
+            for mixer in mixers:
+                gates = functools.partial(type(mixer).gates, mixer)
+                mixer.gates = functools.partial(
+                    lambda mixer, idx, gates, x: gates_of(mixer, idx, gates(x)), mixer, idx, gates)
+            total += model(idx, targets).item() * targets.numel()
+        return total
+
+    def record(mixer, idx, g):
+        seen[mixer].append(g.float().cpu())
+        return g
+
+    with torch.inference_mode():
+        plain = nats(record)
+        idx = torch.cat(tokens).cpu()
+        gates = {mixer: torch.cat(g) for mixer, g in seen.items()}  # (sequences, T, H, M+1) each
+        means = {mixer: g.mean((0, 1)) for mixer, g in gates.items()}
+        ids, index, times = idx.flatten().unique(return_inverse=True, return_counts=True)
+        row_of = torch.zeros(config.vocab_size, dtype=torch.long)
+        row_of[ids] = torch.arange(len(ids))
+        of_id = {}
+        for mixer, g in gates.items():
+            total = torch.zeros(len(ids), *g.shape[2:]).index_add_(0, index, g.flatten(0, 1))
+            of_id[mixer] = total / times.view(-1, 1, 1)
+        by_mean = nats(lambda mixer, idx, g: means[mixer].to(g).expand_as(g))
+        by_id = nats(lambda mixer, idx, g: of_id[mixer][row_of[idx.cpu()]].to(g))
+        lengths = torch.from_numpy(token_bytes(data.tokenizer()))
+        size = lengths[windows[np.arange(count)][1]].sum().item() * float(np.log(2))
+        found = dict(mean=(by_mean - plain) / size, mean_of_id=(by_id - plain) / size)
+        if config.memory == "move" and config.n_slots > 1:
+            M, sample = config.n_slots, idx.flatten()[:4096].to(device)
+            rows = F.normalize(model.bank.weight[sample].float(), dim=-1).sum(1)  # |Σ of units|² = M + pairs
+            found["slot_cosine"] = ((rows.square().sum(-1) - M) / (M * (M - 1))).mean().item()
+    return found
+
+
+def recipe(lab):
+    """One change at a time of how the memory learns, for few slots and many; and of LaVE's and of no
+    memory's rates, so that each method can be compared at its own best."""
+    half, many = max(1, lab.depth // 2), 2 * lab.depth
+    rates = {f"rate of the bank × {factor:g}": dict(bank=factor) for factor in (1 / 4, 1 / 2, 2, 4)}
+    changes = {**rates, "routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
+               "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
+               "one second moment a row": dict(rows=True)}
+    methods = {}
+
+    def add(memory, n_slots, label, options=None, **parts):
+        """Runs with a change of the optimizers, or of other parts."""
+        note = re.sub("[^a-z0-9.]+", "_", label.replace("β", "beta").replace("×", "x").lower())
+        if options:
+            parts["optimizers_of"] = functools.partial(varied_optimizers, **options)
+        methods[memory, n_slots, label or "as it is"] = lab.runs(memory, n_slots, note, **parts)
+
+    for n_slots in (half, many):
+        methods["move", n_slots, "as it is"] = lab.runs("move", n_slots, "gates", look=frozen_gates)
+        for label, options in changes.items():
+            add("move", n_slots, label, options, look=frozen_gates if "routers" in label else None)
+        add("move", n_slots, "start with std 0.02", change=functools.partial(start_banks, std=0.02))
+        add("move", n_slots, "bank in float32", flags=dict(bank_dtype="float32"))
+    add("lave", half, "")
+    for label in ("rate of the bank × 0.5", "rate of the bank × 2", "routers by AdamW"):
+        add("lave", half, label, changes[label])
+    add("none", 0, "")
+    for part, factor in itertools.product(("embedding", "head"), (1 / 2, 2)):
+        add("none", 0, f"rate of the {part} × {factor:g}", {part: factor})
+    done, rows = lab.train(methods), []
+    for (memory, n_slots, label), rs in done.items():
+        looks = [r["looks"][-1] for r in rs if r["looks"]]
+        rows.append([memory, n_slots, label, spread(rs),
+                     *(average(looks, key, ".4f") for key in ("mean", "mean_of_id", "slot_cosine"))])
+    table = lab.table(["memory", "M", "change", "bits per byte", "carried by gates", "by gates within an id",
+                       "cosine of two slots"], rows)
+    best = {}
+    for (memory, n_slots, label), rs in done.items():
+        if mean(rs) < best.get((memory, n_slots), (np.inf,))[0]:
+            best[memory, n_slots] = mean(rs), label
+    scan = {1.0: "as it is", **{options["bank"]: label for label, options in rates.items()}}
+    lines = {f"M = {n}": (sorted(scan), [mean(done["move", n, scan[factor]]) for factor in sorted(scan)])
+             for n in (half, many)}
+    lab.write(table, [f"Best for {memory}, M = {n_slots}: {label}, {bits:.4f}."
+                      for (memory, n_slots), (bits, label) in best.items()],
+              [dict(lines=lines, xlabel="factor on the rate of the bank", ylabel="validation, bits per byte",
+                    xscale="log")])
+
+
+EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, recipe]
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="experiment", required=True)
+    for experiment in EXPERIMENTS:
+        sub = commands.add_parser(experiment.__name__, description=experiment.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = sub.add_argument
+        add("--dataset", help="a set of text in --data_dir (default: that of train_gpt.py)")
+        add("--depth", type=int, help=f"(default: {FULL['depth']})")
+        add("--seeds", type=int, help=f"(default: {FULL['seeds']})")
+        add("--steps", type=int, help=f"of each run (default: {FULL['steps']})")
+        add("--quick", action="store_true", help="a small size, for two CPU cores")
+        add("--device", choices=["cuda", "mps", "cpu"], help="(default: CUDA if there is, else the CPU)")
+        add("--data_dir", type=Path, default=Path("data"), help="(default: data)")
+        add("--out_dir", type=Path, default=Path("out/experiments"), help="(default: out/experiments)")
+        if experiment is gates:
+            add("--run", type=Path, help="a trained run instead of new ones (--text: the newest in out/)")
+            add("--text", help="make a page of HTML of the gates on this text, or on that of this file")
+        sub.set_defaults(call=lambda args, f=experiment: f(Lab(args, f.__name__)))
+    benchmarks.add_commands(commands)
+    args = parser.parse_args(argv)
+    args.call(args)
+
+
+if __name__ == "__main__":
+    run(main)

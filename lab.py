@@ -1,0 +1,299 @@
+"""How experiments run: training runs over all GPUs, what they leave, tables, sentences and charts."""
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from command_line import Machine, fast_bfloat16, resolve_flags
+from move import GPT, GPTConfig
+from optimizers import make_optimizers
+from prepare_data import UserError, load_dataset, write_file
+from run_folder import read_log
+from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text
+
+FULL = dict(depth=8, seeds=3, steps=600, seq_len=1024, batch_tokens=65536, eval_tokens=1 << 20, evaluations=8)
+QUICK = dict(depth=2, seeds=1, steps=40, seq_len=128, batch_tokens=1024, eval_tokens=1 << 13, evaluations=4)
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run: flags of train_gpt.py, and what is changed in it.
+
+    note: names the change. change, optimizers_of: see train_text. look: called with (model, data) at each
+    checkpoint; the dict that it returns is kept. keep: whether the last checkpoint is.
+    """
+    flags: dict
+    note: str = ""
+    change: Callable | None = None
+    optimizers_of: Callable = make_optimizers
+    look: Callable | None = None
+    keep: bool = False
+
+    @property
+    def name(self):
+        f = self.flags
+        parts = [f["dataset"], f"d{f['depth']}", f"{f['max_steps']}x{f['batch_tokens']}", f["attention"],
+                 f["memory"], f"m{round(f['move_scale'] * f['depth'] / 2)}", self.note, f"seed{f['seed']}"]
+        return "-".join(part for part in parts if part)
+
+    def arguments(self):
+        """The flags as train_gpt.py reads them."""
+        for flag, value in self.flags.items():
+            if isinstance(value, bool):
+                yield f"--{flag}" if value else f"--no-{flag}"
+            elif value is not None:
+                yield f"--{flag}={value}"
+
+
+class Lab:
+    """Settings of an experiment, where its runs lie, and its report."""
+
+    def __init__(self, args, name):
+        given = {key: value for key, value in vars(args).items() if value is not None}
+        sizes = {**(QUICK if args.quick else FULL), **given}
+        for key in ("depth", "seeds", "steps"):
+            if not 1 <= sizes[key] <= 10**6:
+                raise UserError(f"--{key} must be from 1 to {10**6}, not {sizes[key]}")
+        self.name, self.args = name, args
+        self.depth, self.seeds, self.steps = sizes["depth"], sizes["seeds"], sizes["steps"]
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dataset = args.dataset or DEFAULTS["cuda" if self.device == "cuda" else "cpu"]["dataset"]
+        data = load(argparse.Namespace(data_dir=args.data_dir, dataset=self.dataset),
+                    Machine(torch.device("cpu")), "text", TEXT_SETS)
+        self.vocab_size = data.meta["vocab_size"]
+        every = max(1, self.steps // sizes["evaluations"])
+        self.flags = dict(dataset=self.dataset, data_dir=args.data_dir, device=self.device,
+                          seq_len=sizes["seq_len"], batch_tokens=sizes["batch_tokens"], max_steps=self.steps,
+                          eval_every=every, eval_tokens=sizes["eval_tokens"], log_every=every)
+        self.report = args.out_dir / f"{name}-{self.dataset}.json"
+
+    def runs(self, memory, n_slots=0, note="", depth=None, looks=1, flags=None, **parts):
+        """The same Run with each seed. looks: how many checkpoints it has; parts: the Run's other fields."""
+        depth = depth or self.depth
+        flags = {**self.flags, "attention": "mha", "memory": memory if n_slots else "none", "depth": depth,
+                 "move_scale": 2 * n_slots / depth, "save_every": -(-self.steps // looks), **(flags or {})}
+        return [Run({**flags, "seed": seed}, note, **parts) for seed in range(self.seeds)]
+
+    def config(self, memory, n_slots, depth=None, attention="mha"):
+        return GPTConfig.from_depth(depth or self.depth, vocab_size=self.vocab_size, memory=memory,
+                                    n_slots=n_slots, seq_len=self.flags["seq_len"], attention=attention)
+
+    def memory_parameters(self, *about):
+        with torch.device("meta"):
+            return GPT(self.config(*about)).parameter_counts()["memory"]
+
+    def train(self, methods):
+        """{label: runs} → {label: results of its runs}. Trains what is not done yet, on all GPUs."""
+        folder = self.args.out_dir / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        different = {run.name: run for run in itertools.chain(*methods.values())}
+        todo = [run for run in different.values() if not is_done(run, folder)]
+        gpus = torch.cuda.device_count() if self.device == "cuda" else 1
+        print(f"{self.name}: {len(different)} runs, {len(todo)} to do"
+              + (f", about {max(1, round(self.estimate(todo) / 60 / gpus))} minutes" if todo else ""),
+              flush=True)
+        failed = []
+        for run, error in self.finished(todo, folder, gpus):
+            failed += [f"{run.name} ({error})"] if error else []
+            found = error or f"{result(run, folder)['bits']:.4f} bits per byte"
+            print(f"  {run.name}: {found}", flush=True)
+        if failed:
+            raise UserError(f"{len(failed)} runs failed, {failed[0]} first; see {folder}/<run>.txt; the same "
+                            "command goes on")
+        return {label: [result(run, folder) for run in runs] for label, runs in methods.items()}
+
+    def finished(self, todo, folder, gpus):
+        """Trains and yields (run, error or None) as they end."""
+        if gpus == 1 or len(todo) == 1:
+            yield from ((run, train_run(run, folder)) for run in todo)
+        elif todo:
+            context = multiprocessing.get_context("spawn")
+            free = context.Queue()
+            for gpu in range(gpus):
+                free.put(gpu)
+            with concurrent.futures.ProcessPoolExecutor(gpus, context, take_gpu, (free,)) as pool:
+                futures = {pool.submit(train_run, run, folder): run for run in todo}
+                for future in concurrent.futures.as_completed(futures):
+                    yield futures[future], future.result()
+
+    def estimate(self, runs):
+        """Seconds that the runs take on one GPU or CPU, from their operations and the speed of a matrix
+        product, of which a training step reaches about a third."""
+        n = 4096 if self.device == "cuda" else 1024
+        dtype = torch.bfloat16 if fast_bfloat16(self.device) else torch.float32
+        a = torch.randn(n, n, device=self.device, dtype=dtype)
+        float((a @ a)[0, 0])
+        start = time.perf_counter()
+        for _ in range(5):
+            a = a @ a / n
+        float(a[0, 0])
+        speed = 5 * 2 * n ** 3 / (time.perf_counter() - start) / 3
+        total = len(runs) * (40 if self.device == "cuda" else 5)  # to start and to compile
+        for flags in (run.flags for run in runs):
+            slots = round(flags["move_scale"] * flags["depth"] / 2)
+            with torch.device("meta"):
+                model = GPT(self.config(flags["memory"], slots, flags["depth"], flags["attention"]))
+            tokens = flags["max_steps"] * flags["batch_tokens"]
+            total += 3 * sum(model.flops_per_token().values()) * tokens / speed
+        return total
+
+    def table(self, header, rows):
+        """Prints a table in Markdown and keeps it."""
+        lines = [header, ["---"] * len(header), *rows]
+        print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
+        return [dict(zip(header, row, strict=True)) for row in rows]
+
+    def write(self, table, sentences, panels=(), **more):
+        """The report: table, sentences, and a chart of panels (see draw)."""
+        for sentence in sentences:
+            print(sentence)
+        machine = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        content = dict(command="python " + " ".join(sys.argv), machine=machine, torch=torch.__version__,
+                       flags={key: str(value) for key, value in self.flags.items()}, table=table,
+                       sentences=sentences, **more)
+        write_file(self.report, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        if panels:
+            draw(panels, self.report.with_suffix(".png"))
+        print(f"wrote {self.report}" + (" and its chart" if panels else ""))
+
+
+def take_gpu(free):
+    """A new process of the pool trains on a GPU of its own."""
+    gpu = free.get()
+    os.environ["LOCAL_RANK"] = str(gpu)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+
+
+def is_done(run, folder):
+    """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
+    path, last = folder / run.name, [run.flags["max_steps"]]
+    if not (path / "log.jsonl").exists() or (run.keep and not (path / "checkpoint.pt").exists()):
+        return False
+    looked = run.look is None or [look["step"] for look in looks_of(run, folder)][-1:] == last
+    return looked and read_log(path, "val_bits_per_byte")[0][-1:] == last
+
+
+def train_run(run, folder):
+    """Trains a run from its start. What it prints goes to <run>.txt → None, or what went wrong."""
+    path, looks = folder / run.name, folder / f"{run.name}.looks.jsonl"
+    shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
+    looks.unlink(missing_ok=True)
+
+    def after_save(model, step):
+        if run.look is not None:
+            data = load_dataset(Path(run.flags["data_dir"]) / run.flags["dataset"], check=False)
+            with open(looks, "a") as file:
+                file.write(json.dumps(dict(step=step, **run.look(model, data))) + "\n")
+
+    with open(folder / f"{run.name}.txt", "w") as file, contextlib.redirect_stdout(file):
+        try:
+            given = vars(make_parser().parse_args([*run.arguments(), f"--out_dir={path}"]))
+            args = resolve_flags(given, DEFAULTS)
+            train_text(args, set_up_machine(args), None, run.change, after_save, run.optimizers_of)
+        except (UserError, OSError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            torch._dynamo.reset()  # it remembers a limited number of models
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    if not run.keep:
+        (path / "checkpoint.pt").unlink()
+    return None
+
+
+def looks_of(run, folder):
+    """What a run's `look` returned, and the step of it, at each checkpoint."""
+    path = folder / f"{run.name}.looks.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def result(run, folder):
+    """What a run that is done has left: see the keys."""
+    path = folder / run.name
+    keys = ("val_bits_per_byte", "g_0", "g_i", "rows_used", "tokens_per_s")
+    logs = {key: read_log(path, key) for key in keys}
+    steps, bits = logs["val_bits_per_byte"]
+    speed = float(np.median(logs["tokens_per_s"][1] or [float("nan")]))
+    seconds = [step * run.flags["batch_tokens"] / speed for step in steps]
+    return dict(name=run.name, bits=bits[-1], curve=dict(steps=steps, bits=bits, seconds=seconds),
+                tokens_per_s=speed, g_0=logs["g_0"][1], g_i=logs["g_i"][1], rows_used=logs["rows_used"][1],
+                looks=looks_of(run, folder))
+
+
+# ---------------------------------------------------------------------------------------------- reports
+
+
+def spread(results, key="bits"):
+    """'mean ± standard deviation (n)' of the results of one method."""
+    values = [r[key] for r in results]
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} ({len(values)})" if len(values) > 1 else \
+        f"{values[0]:.4f} (1)"
+
+
+def average(looks, key, form):
+    """The mean of one number of several looks as text, '' if they do not have it."""
+    return format(np.mean([look[key] for look in looks]), form) if looks and key in looks[0] else ""
+
+
+def noise(results):
+    """Standard deviation between seeds; 0 for one seed."""
+    return float(np.std([r["bits"] for r in results], ddof=min(1, len(results) - 1)))
+
+
+def differ(results, others):
+    """By how much the first has more bits per byte than the second, 0 if seeds differ as much."""
+    difference = mean(results) - mean(others)
+    return difference if abs(difference) > np.hypot(noise(results), noise(others)) else 0.0
+
+
+def compare(label, results, other, others):
+    """A sentence: which of two methods has fewer bits, by how much, and whether seeds alone do that."""
+    difference = mean(results) - mean(others)
+    text = (f"{label} is {abs(difference):.4f} bits per byte {'worse' if difference > 0 else 'better'} "
+            f"than {other}")
+    if min(len(results), len(others)) < 2:
+        return text + " (one seed)."
+    return text + (", more than seeds differ." if differ(results, others) else ", no more than seeds differ.")
+
+
+def draw(panels, path):
+    """A PNG of panels: dicts of lines {label: (x, y) or (x, y, spread)}, and what axes.set takes."""
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        panel = dict(panel)
+        for label, (x, y, *error) in panel.pop("lines").items():
+            axes.errorbar(x, y, *error, fmt=".-", capsize=3, label=label)
+        axes.set(**panel)
+        if axes.get_xscale() == "log":
+            axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=90))
+
+
+def curves(results, against="steps"):
+    """(x, y) of the mean validation curve of one method, without the first evaluation, which is far above."""
+    x, y = (np.mean([r["curve"][key] for r in results], axis=0) for key in (against, "bits"))
+    return x[1:], y[1:]
+
+
+def mean(results, key="bits"):
+    return float(np.mean([r[key] for r in results]))
