@@ -1,9 +1,12 @@
-"""Checks and measurements of trained and of random models: the commands words, digits, overhead and curves of
-experiments.py."""
+"""Checks and measurements of trained and of random models: the commands words, digits, overhead, decode and
+curves of experiments.py."""
 import argparse
+import dataclasses
 import gc
+import itertools
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from move import GPT, GPTConfig, ValueBank
+from move import GPT, GPTConfig, ValueBank, sample
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
@@ -79,20 +82,26 @@ VARIANTS = ["standard", "lave-x1", "move-x1", "move-x4", "move-x8",
 MICRO_BATCHES = 4  # of an optimizer step
 
 
+def config_of(name, args, vocab_size, end):
+    """(GPTConfig, whether the name has this end) of a variant: standard, lave-x<scale> or move-x<scale>,
+    perhaps with the end. UserError for another name."""
+    if not (match := re.fullmatch(rf"(?:standard|(lave|move)-x(\d+(?:\.\d+)?))({end})?", name)):
+        raise UserError(f"--variants: {name} is unknown; there are standard, lave-x<scale> and "
+                        f"move-x<scale>, also with {end}")
+    memory, scale, ended = match.groups()
+    try:
+        config = GPTConfig.from_depth(args.depth, float(scale or 0), vocab_size=vocab_size,
+                                      seq_len=args.seq_len, memory=memory or "none")
+        return config, ended is not None
+    except ValueError as error:
+        raise UserError(error) from None
+
+
 class Variant:
-    """One model that is measured: standard, lave-x<scale>, move-x<scale> or move-x<scale>-reference.
-    UserError for another name."""
+    """One model that is measured: see config_of; with -reference it has no kernels."""
 
     def __init__(self, name, args, vocab_size):
-        if not (match := re.fullmatch(r"standard|(lave|move)-x(\d+(?:\.\d+)?)(-reference)?", name)):
-            raise UserError(f"--variants: {name} is unknown; there are standard, lave-x<scale>, "
-                            "move-x<scale> and move-x<scale>-reference")
-        memory, scale, reference = match.groups()
-        try:
-            config = GPTConfig.from_depth(args.depth, float(scale or 0), vocab_size=vocab_size,
-                                          seq_len=args.seq_len, memory=memory or "none")
-        except ValueError as error:
-            raise UserError(error) from None
+        config, reference = config_of(name, args, vocab_size, "-reference")
         from move_fast import accelerate, zero_grad  # needs Triton
         torch.manual_seed(0)
         self.name, self.before = name, torch.cuda.memory_allocated()  # bytes of the variants before this one
@@ -227,6 +236,63 @@ def draw_overhead(rows, path):
     print(f"wrote {path}")
 
 
+# --------------------------------------------------------------------------------------- generation
+
+
+def decode(args):
+    """Times steps of generation of random models, plain and compiled (see move_fast.compiled_step) in turn,
+    round after round: median and spread (smallest to largest), sampling included; what is behind a name,
+    -mla, is latent attention. Also the bytes that a token leaves in the cache, and the seconds until the
+    compiled step is ready."""
+    for flag, value in dict(batch=min(args.batch), seq_len=args.seq_len, vocab_size=args.vocab_size,
+                            rounds=args.rounds).items():
+        if value < 1:
+            raise UserError(f"--{flag} must be at least 1, not {value}")
+    from move_fast import compiled_step  # needs Triton
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{machine}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
+          f"sequences of {args.seq_len}, {args.rounds} rounds\n| variant | batch | plain, ms a step | "
+          "compiled, ms a step | tokens/s | cache, bytes a token | ready after, s |\n" + "|---" * 7 + "|",
+          flush=True)
+    for name, batch in itertools.product(args.variants, args.batch):
+        config, latent = config_of(name, args, args.vocab_size, "-mla")
+        config = dataclasses.replace(config, attention="mla" if latent else "mha")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = GPT(config, dtype).to(device).eval()
+
+        def pick(logits, noise):
+            return sample(logits, temperature=0.8, top_k=50, noise=noise)
+
+        steps, caches, ms, start = [], [], ([], []), time.time()
+        for make in (partial(model.decoding_step, steps=1), partial(compiled_step, model)):
+            steps.append(make(pick))
+            caches.append(model.new_cache(batch, args.seq_len))
+            ms_of(steps[-1], caches[-1], min(3, args.seq_len), args.vocab_size)
+        ready = time.time() - start
+        for _ in range(args.rounds):
+            for times, step, cache in zip(ms, steps, caches, strict=True):
+                times.append(ms_of(step, cache, args.seq_len, args.vocab_size))
+        plain, fast = (f"{np.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in ms)
+        print(f"| {name} | {batch} | {plain} | {fast} | {1000 * batch / np.median(ms[1]):,.0f} | "
+              f"{caches[0].bytes_per_token:,} | {ready:.0f} |", flush=True)
+
+
+@torch.inference_mode()
+def ms_of(step, cache, tokens, vocab_size):
+    """Milliseconds a step while a sequence of `tokens` is made from nothing."""
+    batch, device = cache.stores[0].size(1), cache.position.device
+    cache.reset()
+    idx = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    idx.sum().item()  # waits for the GPU
+    start = time.perf_counter()
+    for _ in range(tokens):
+        noise = torch.empty(batch, vocab_size, device=device).exponential_()
+        idx = step(idx, cache, noise).unsqueeze(1)
+    idx.sum().item()
+    return 1000 * (time.perf_counter() - start) / tokens
+
+
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -300,3 +366,11 @@ def add_commands(commands):
     add("--data_dir", type=Path, default=Path("data"), help="where the data sets are")
     add("--rounds", type=int, default=10, help="measured steps of each variant")
     add("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
+    add = command(decode, decode)
+    add("--variants", nargs="+", default=["standard", "move-x1", "move-x4", "lave-x1", "standard-mla",
+                                          "move-x4-mla"], help="what is measured")
+    add("--batch", type=int, nargs="+", default=[1, 64], help="sequences at once")
+    add("--seq_len", type=int, default=512, help="tokens of a sequence")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--vocab_size", type=int, default=50304, help="number of ids")
+    add("--rounds", type=int, default=5, help="sequences of each, plain and compiled")

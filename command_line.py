@@ -26,14 +26,14 @@ EVERYWHERE = dict(data_dir="data", move_scale=1.0, memory="move", gate_value=Non
 MACHINE_FLAGS = {"micro_batch", "compile", "kernels"}  # follow from the device
 OUTPUT_FLAGS = {"out_dir", "resume", "max_steps", "eval_every", "save_every", "log_every"}
 SAMPLING_FLAGS = {"prompt", "sample", "save_npz", "temperature", "top_k", "top_p", "max_new_tokens",
-                  "cfg_scale"}
+                  "num_samples", "cfg_scale"}
 FREE_FLAGS = {"device", "data_dir"} | MACHINE_FLAGS | OUTPUT_FLAGS | SAMPLING_FLAGS
 LIMITS = dict(  # least and most
     depth=(1, 1000), kv_rank=(1, 10**6), seq_len=(2, 10**7), move_scale=(0, 10**4), batch_tokens=(1, 10**12),
     micro_batch=(1, 10**6), max_steps=(1, 10**9), lr_scale=(1e-30, 1e30), seed=(0, 2**63 - 1),
     eval_every=(1, 10**9), eval_tokens=(1, 10**12), save_every=(1, 10**9), log_every=(1, 10**9),
-    temperature=(0, 100), top_k=(1, 10**6), top_p=(1e-6, 1), max_new_tokens=(1, 10**7), cfg_scale=(0, 100),
-    save_npz=(1, 10**8))
+    temperature=(0, 100), top_k=(1, 10**6), top_p=(1e-6, 1), max_new_tokens=(1, 10**7),
+    num_samples=(1, 10**5), cfg_scale=(0, 100), save_npz=(1, 10**8))
 
 
 def training_parser(description, defaults, sizes=None):

@@ -21,6 +21,7 @@ out/experiments/<name>-<dataset>.json and .png. Then there are checks and measur
     python experiments.py words out/<run>                        does a run write words, and words of its own?
     python experiments.py digits out/<run>/samples_<step>.npz    are generated digits what was asked for?
     python experiments.py overhead                               what the memory costs on the clock (CUDA GPU)
+    python experiments.py decode                                 milliseconds of a step of generation
 """
 import argparse
 import functools

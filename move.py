@@ -149,19 +149,14 @@ def apply_rotary_emb(x, rotary):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 
-def causal_attention(q, k, v, scale=None):
-    """softmax(q kᵀ · scale) v. The T queries are the last of the S tokens and see no later one.
+def causal_attention(q, k, v, mask=None, scale=None):
+    """softmax(q kᵀ · scale) v over the keys that a query sees: those where mask (T, S) is true, by default
+    its own and those before it (T = S).
 
     q (B, T, H, ·), k and v (B, S, H, ·) → (B, T, H, ·). scale is by default (width of q)^-½.
     """
-    T, S = q.size(1), k.size(1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask, is_causal = None, False  # a single new token sees all
-    if T == S:
-        is_causal = True
-    elif T > 1:  # new tokens behind a filled cache: is_causal would align them with the first keys
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
 
 
@@ -171,28 +166,47 @@ class KVCache:
     shapes: what one token leaves in one layer, as the attention says in `cache_shapes`: its key and
     V_S for MHA, its c_S and rotary key for MLA. Values are stored already mixed: a token is looked up
     once, however many follow it, and the cache has the same size for every M.
+
+    The number of tokens held is there twice: `position` on the device, so that one compiled step serves
+    every token, and `length` on the host, so that a full cache raises. (Compiled code leaves `length` alone.)
     """
 
     def __init__(self, n_layers, batch, max_len, shapes, dtype=torch.float32, device="cpu"):
         self.length, self.max_len = 0, max_len
-        self.stores = [torch.empty(n_layers, batch, max_len, *shape, dtype=dtype, device=device)
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.stores = [torch.zeros(n_layers, batch, max_len, *shape, dtype=dtype, device=device)
                        for shape in shapes]
 
     @property
     def bytes_per_token(self):
         return sum(s[:, 0, 0].numel() * s.element_size() for s in self.stores)
 
-    def append(self, layer, *new):
-        """Stores (B, T, ...) behind what the layer holds; returns all of it, (B, S, ...) each.
+    def positions(self, T):
+        """Those of the next T tokens, (T,). IndexError if there is no room for them."""
+        if not torch.compiler.is_compiling() and self.length + T > self.max_len:
+            raise IndexError(f"the KV cache holds {self.max_len} tokens, there is no room for token "
+                             f"{self.length + T}")
+        return self.position + torch.arange(T, device=self.position.device)
 
-        The model raises `length` by T when every layer has appended. IndexError when it is full.
-        """
-        end = self.length + new[0].size(1)
-        if end > self.max_len:
-            raise IndexError(f"the KV cache holds {self.max_len} tokens, there is no room for token {end}")
+    def append(self, layer, *new):
+        """Stores (B, T, ...) behind what the layer holds → all that it has, (B, max_len, ...) each, and the
+        mask (T, max_len) of what the T tokens see."""
+        positions = self.positions(new[0].size(1))
         for store, tensor in zip(self.stores, new, strict=True):
-            store[layer, :, self.length:end] = tensor
-        return [store[layer, :, :end] for store in self.stores]
+            store[layer].index_copy_(1, positions, tensor)
+        mask = torch.arange(self.max_len, device=positions.device) <= positions.unsqueeze(1)
+        return [store[layer] for store in self.stores], mask
+
+    def advance(self, T):
+        """T tokens more are held: every layer has appended them."""
+        self.position.add_(T)
+        if not torch.compiler.is_compiling():
+            self.length += T
+
+    def reset(self):
+        """Holds nothing, for a new sequence."""
+        self.position.zero_()
+        self.length = 0
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -227,10 +241,10 @@ class MoVEAttention(nn.Module):
 
     def forward(self, x, rotary, memory=None, cache=None):
         q, k = self.queries_and_keys(x, rotary)
-        v = self.values(x, memory)
+        v, mask = self.values(x, memory), None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        return self.w_o(causal_attention(q, k, v).flatten(-2))
+            (k, v), mask = cache.append(self.layer, k, v)
+        return self.w_o(causal_attention(q, k, v, mask).flatten(-2))
 
 
 class MoVELatentAttention(nn.Module):
@@ -273,7 +287,8 @@ class MoVELatentAttention(nn.Module):
         if cache is None:
             y = self.expanded(q_nope, q_rope, c_s, k_rope)
         else:
-            y = self.absorbed(q_nope, q_rope, *cache.append(self.layer, c_s, k_rope))
+            (c_s, k_rope), mask = cache.append(self.layer, c_s, k_rope)
+            y = self.absorbed(q_nope, q_rope, c_s, k_rope, mask)
         return self.w_o(y.flatten(-2))
 
     def expanded(self, q_nope, q_rope, c_s, k_rope):
@@ -282,7 +297,7 @@ class MoVELatentAttention(nn.Module):
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
         return causal_attention(torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1), v)
 
-    def absorbed(self, q_nope, q_rope, c_s, k_rope):
+    def absorbed(self, q_nope, q_rope, c_s, k_rope, mask):
         """For decoding: q·(W_K c) = (W_Kᵀ q)·c, and Σ a (W_V c) = W_V Σ a c. Attention reads the latent
         as key and as value, and no past token is projected up again. (QK-norm would not allow it.)"""
         w_k, w_v = self.w_up.weight.to(c_s.dtype).view(self.n_heads, -1, self.kv_rank).chunk(2, dim=1)
@@ -290,7 +305,7 @@ class MoVELatentAttention(nn.Module):
         k = torch.cat((c_s, k_rope), dim=-1)  # (B, S, kv_rank + rope_dim), the same for all heads
         k, c_s = (t.unsqueeze(2).expand(-1, -1, self.n_heads, -1) for t in (k, c_s))
         scale = (self.head_dim + self.rope_dim) ** -0.5  # that of the expanded form
-        return torch.einsum("bthr,hnr->bthn", causal_attention(q, k, c_s, scale), w_v)
+        return torch.einsum("bthr,hnr->bthn", causal_attention(q, k, c_s, mask, scale), w_v)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -404,9 +419,13 @@ def softcap(z, limit=15.0):
     return limit * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / limit)
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, noise=None):
     """Samples an id from each row of logits (B, V) → (B,): the most probable one at temperature 0;
-    among the k most probable with top_k; with top_p by nucleus sampling (arXiv 1904.09751)."""
+    among the k most probable with top_k; with top_p by nucleus sampling (arXiv 1904.09751).
+
+    noise (B, V): exponential random numbers, by default of the generator. The id with the largest p / noise
+    is a sample of p: of clocks that ring at rates p, each is the first one with probability p.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -418,7 +437,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         descending, order = p.sort(descending=True)
         before = descending.cumsum(-1) - descending  # of the more probable ones
         p = p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), 0)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    if noise is None:
+        noise = torch.empty_like(p).exponential_(generator=generator)
+    return (p / noise.clamp(min=1e-30)).argmax(-1)
 
 
 class GPT(nn.Module):
@@ -457,17 +478,18 @@ class GPT(nn.Module):
         With a cache, idx continues what it holds. ValueError beyond seq_len tokens, RuntimeError for
         targets of another shape.
         """
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
+        T = idx.size(1)
+        end = T if cache is None or torch.compiler.is_compiling() else cache.length + T
         if end > self.config.seq_len:
             raise ValueError(f"{end} tokens are more than this model's seq_len, {self.config.seq_len}")
-        rotary = self.cos[start:end], self.sin[start:end]
+        positions = slice(T) if cache is None else cache.positions(T)
+        rotary = self.cos[positions], self.sin[positions]
         x = rms_norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))  # (B, T, d)
         memory = None if self.bank is None else self.bank(idx)  # equation 1, once for all layers
         for block in self.blocks:
             x = block(x, idx, rotary, memory, cache)
         if cache is not None:
-            cache.length = end
+            cache.advance(T)
         x = rms_norm(x)
         if targets is None:
             return softcap(self.head(x))
@@ -501,12 +523,22 @@ class GPT(nn.Module):
         if temperature < 0 or (n_ids is not None and not 1 <= n_ids <= self.config.vocab_size):
             raise ValueError(f"temperature must be 0 or more and n_ids from 1 to {self.config.vocab_size}, "
                              f"not {temperature} and {n_ids}")
-        cache = self.new_cache(B, T + max_new_tokens - 1)
+        cache, ids = self.new_cache(B, T + max_new_tokens - 1), n_ids or self.config.vocab_size
+
+        def pick(logits, noise):
+            return sample(logits[:, :ids], temperature, top_k, top_p, noise=noise)
+
+        step = self.decoding_step(pick, max_new_tokens)
         for _ in range(max_new_tokens):
-            logits = self(idx, cache=cache)[:, -1, :n_ids]
-            new = sample(logits, temperature, top_k, top_p, generator)
+            noise = torch.empty(B, ids, device=idx.device).exponential_(generator=generator)
+            new = step(idx, cache, noise)
             yield new
             idx = new.unsqueeze(1)
+
+    def decoding_step(self, pick, steps):
+        """step(idx (B, T), cache, noise) → the next ids (B,), by pick(logits (B, V), noise). It is to be
+        taken `steps` times: for many, move_fast.py has one that is worth being compiled."""
+        return lambda idx, cache, noise: pick(self(idx, cache=cache)[:, -1], noise)
 
     def parameter_counts(self):
         """Number of parameters by purpose: embedding, matrices, head, router, memory, total."""

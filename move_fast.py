@@ -34,7 +34,6 @@ takes both their gradients. Sums are float32; products are in the dtype of vz, w
 bfloat16 or float16; the bank's is any of these.
 """
 import ast
-import contextlib
 import copy
 import hashlib
 import inspect
@@ -533,13 +532,12 @@ class FastMoVEAttention(move.MoVEAttention):
 
 
 class FastGPT(move.GPT):
-    """The loss without float32 logits; no cuDNN attention while decoding."""
+    """The loss without float32 logits; many steps of generation as a CUDA graph."""
 
-    def forward(self, idx, targets=None, cache=None):
-        if cache is None:
-            return super().forward(idx, targets)
-        with without_cudnn_attention():
-            return super().forward(idx, targets, cache)
+    def decoding_step(self, pick, steps):
+        if steps < STEPS_TO_COMPILE or not self.head.weight.is_cuda:
+            return super().decoding_step(pick, steps)
+        return compiled_step(self, pick)
 
     def loss(self, x, targets):
         refuse_changes(self)
@@ -719,7 +717,7 @@ def zero_grad(model):
             module.zero_grad_in_place()
 
 
-# ------------------------------------------------------------------------------- the loss, decoding
+# ----------------------------------------------------------------------------- the loss, generation
 
 CHUNK = 8192  # tokens of a step of the loss
 LIMIT = 15.0  # of move.softcap
@@ -773,12 +771,37 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
-@contextlib.contextmanager
-def without_cudnn_attention():
-    """For decoding: cuDNN's attention makes a plan, of 20 ms on an H200, for every length of the cache."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+STEPS_TO_COMPILE = 512  # of generation: fewer take less time than the compiler
+
+
+def compiled_step(model, pick, **how):
+    """A step of generation for one new token (see move.GPT.decoding_step), sampling included, as one CUDA
+    graph. Several new tokens, those of a prompt, are read as usual.
+
+    The weights are cast to the dtype of the activations once: the numbers are those of the model, as it is
+    now. how: what torch.compile gets instead of mode="reduce-overhead".
+    """
+    dtype = model.dtype or model.embedding.weight.dtype
+    with torch.device("meta"):
+        twin = move.GPT(model.config, model.dtype)
+    kept = {"cos", "sin", *(f"{name}.weight" for name, module in model.named_modules()
+                            if isinstance(module, move.ValueBank))}  # only rows of a bank are read, and cast
+    twin.load_state_dict({name: tensor if name in kept else tensor.to(dtype)
+                          for name, tensor in model.state_dict().items()}, assign=True)
+
+    def step(idx, cache, noise):
+        return pick(twin(idx, cache=cache)[:, -1], noise)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, **how or dict(mode="reduce-overhead"))
+
+    def next_ids(idx, cache, noise):
+        if idx.size(1) > 1:
+            return step(idx, cache, noise)
+        cache.positions(1)  # raises where the cache is full: compiled code does not look
+        for tensor in (cache.position, *cache.stores):
+            torch._dynamo.mark_static_address(tensor)  # the graph changes it in place
+        new = compiled(idx, cache, noise).clone()  # the next replay overwrites it
+        cache.length += 1
+        return new
+
+    return next_ids

@@ -103,7 +103,7 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 2
+FORMAT = 3
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
             data=dict, meta=dict, model=dict, optimizers=list)
 

@@ -263,6 +263,10 @@ def test_logits_with_and_without_the_cache_agree(attention, memory, chunks):
     assert expected.std() > 0.1
     with pytest.raises(IndexError, match="10"):
         model(idx[:, :1], cache=cache)
+    assert cache.length == cache.position.item() == 9
+    cache.reset()  # for other sequences
+    with torch.no_grad():
+        assert (model(idx.flip(0)[:, :4], cache=cache) - expected.flip(0)[:, :4]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("n_slots", [0, 1, 8])
@@ -341,6 +345,8 @@ def test_nucleus_sampling():
     sampled = move.sample(p.log().expand(20000, 5), temperature=0.5, top_p=0.85,
                           generator=torch.Generator().manual_seed(0))
     shares = sampled.bincount(minlength=5) / 20000
+    noise = torch.tensor([[1.0, 9, 9, 9, 9], [9, 1, 9, 0, 9]])  # the largest p / noise
+    assert move.sample(p.log().expand(2, 5), noise=noise).tolist() == [0, 3]
     assert torch.allclose(shares, torch.tensor([0, q[1], 0, q[3], 0]) / (q[1] + q[3]), atol=0.01)
 
 

@@ -13,6 +13,7 @@ what is special to text. Flags are in command_line.py, what a run leaves on disk
 """
 import codecs
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -61,10 +62,10 @@ from run_folder import (
 DEFAULTS = {
     "cuda": dict(dataset="python", depth=12, seq_len=2048, batch_tokens=131072, micro_batch=16, max_steps=500,
                  eval_every=100, eval_tokens=1 << 20, save_every=250, bank_dtype="bfloat16", compile=True,
-                 temperature=0.8, top_k=50, max_new_tokens=200),
+                 temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1),
     "cpu": dict(dataset="shakespeare", depth=4, seq_len=256, batch_tokens=4096, micro_batch=16, max_steps=300,
                 eval_every=50, eval_tokens=1 << 15, save_every=100, bank_dtype="float32", compile=False,
-                temperature=0.5, top_k=50, max_new_tokens=200),
+                temperature=0.5, top_k=50, max_new_tokens=200, num_samples=1),
 }
 
 
@@ -508,29 +509,40 @@ def sum_gradients(model, large=1 << 22):
 # ------------------------------------------------------------------------------------------------- text
 
 
-def print_sample(model, encoding, prompt, args, device):
-    """Prints `prompt` and what the model writes after it, token by token, to the end of the document."""
-    idx = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+def print_samples(model, encoding, prompt, args, device):
+    """Prints `prompt` and what the model writes after it, to the end of the document: as it comes, or one
+    after the other where --num_samples are written at once."""
+    idx, n = [encoding.eot_token, *encoding.encode_ordinary(prompt)], args.num_samples
     count = min(args.max_new_tokens, model.config.seq_len - len(idx) + 1)
     if count < 1:
         raise UserError(f"--prompt has {len(idx) - 1} tokens; this model takes up to "
                         f"{model.config.seq_len - 1}")
-    generator = torch.Generator(device).manual_seed(args.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    print(prompt, end="", flush=True)
     # The model's vocabulary is padded: n_ids.
-    for token in model.generate(torch.tensor([idx], device=device), count, args.temperature, args.top_k,
-                                args.top_p, n_ids=encoding.n_vocab, generator=generator):
-        if token.item() == encoding.eot_token:
-            break
-        print(decoder.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    stream = model.generate(torch.tensor([idx] * n, device=device), count, args.temperature, args.top_k,
+                            args.top_p, n_ids=encoding.n_vocab,
+                            generator=torch.Generator(device).manual_seed(args.seed))
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n)]  # a character may
+    texts, ended = [prompt] * n, set()                                                      # span tokens
+    print(prompt * (n == 1), end="", flush=True)
+    at_once = 16 if device.type == "cuda" else 1  # the GPU is not waited for at every token
+    while len(ended) < n and (chunk := list(itertools.islice(stream, at_once))):
+        for i, tokens in enumerate(torch.stack(chunk, dim=1).tolist()):
+            before = len(texts[i])
+            for token in tokens:
+                if token == encoding.eot_token:
+                    ended.add(i)
+                if i not in ended:
+                    texts[i] += decoders[i].decode(encoding.decode_single_token_bytes(token))
+            print(texts[i][before:] * (n == 1), end="", flush=True)
+    tails = [decoder.decode(b"", final=True) for decoder in decoders]
+    print(tails[0] if n == 1 else "\n---\n".join(map("".join, zip(texts, tails, strict=True))))
 
 
 def make_parser():
     parser, sampling = training_parser(__doc__, DEFAULTS)
     sampling.add_argument("--prompt", help="do not train: print how the model of a run continues this text")
     sampling.add_argument("--max_new_tokens", type=int, help="(default: 200)")
+    sampling.add_argument("--num_samples", type=int, help="texts to write at once (default: 1)")
     return parser
 
 
@@ -547,14 +559,14 @@ def main(argv=None):
             if machine.main:
                 encoding = load_tokenizer(args.out_dir, saved["meta"])
                 model = load_model(saved, args.out_dir, args, machine.device)
-                print_sample(model, encoding, args.prompt, args, machine.device)
+                print_samples(model, encoding, args.prompt, args, machine.device)
         else:
             check_batch(args)
             machine = set_up_machine(args)
             model, encoding = train_text(args, machine, saved)
             if machine.main:
                 print("\na sample:\n")
-                print_sample(model, encoding, "", args, machine.device)
+                print_samples(model, encoding, "", args, machine.device)
 
 
 def train_text(args, machine, saved, change=None, after_save=None, optimizers_of=make_optimizers):

@@ -23,6 +23,7 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import image_data
 from command_line import (
@@ -80,33 +81,44 @@ def grid_positions(grid):
 
 @torch.inference_mode()
 def generate_codes(model, classes, n_codes, null_class, cfg_scale=1.0, temperature=1.0, top_k=None,
-                   top_p=None, generator=None):
-    """Codes of new images (N, n), int64, for token ids of classes (N,) on the model's device.
+                   top_p=None, generator=None, batch=None):
+    """Codes of new images (N, n), int64, for token ids of classes (N,) on the model's device; `batch` images
+    at a time, by default all.
 
     Classifier-free guidance reads each image twice, with its class and with the null class:
     logits = uncond + cfg_scale · (cond − uncond). At a cfg_scale of 1 there is nothing to do.
     """
-    guided, n, codes = cfg_scale != 1, model.config.seq_len, []
-    idx = torch.cat((classes, torch.full_like(classes, null_class))) if guided else classes
-    cache = model.new_cache(len(idx), n)
-    for _ in range(n):
-        logits = model(idx.unsqueeze(1), cache=cache)[:, -1, :n_codes]
+    guided, n, batch, images = cfg_scale != 1, model.config.seq_len, batch or len(classes), []
+
+    def pick(logits, noise):
+        logits = logits[:, :n_codes]
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond)
-        codes.append(sample(logits, temperature, top_k, top_p, generator))
-        idx = codes[-1].repeat(2) if guided else codes[-1]
-    return torch.stack(codes, dim=1)
+        return sample(logits, temperature, top_k, top_p, noise=noise)
+
+    step = model.decoding_step(pick, n * -(-len(classes) // batch))
+    cache = model.new_cache(batch * (1 + guided), n)
+    for part in classes.split(batch):
+        part = F.pad(part, (0, batch - len(part)), value=null_class)  # one shape for all: one compiled step
+        idx, codes = torch.cat((part, torch.full_like(part, null_class))) if guided else part, []
+        cache.reset()
+        for _ in range(n):
+            noise = torch.empty(batch, n_codes, device=idx.device).exponential_(generator=generator)
+            codes.append(step(idx.unsqueeze(1), cache, noise))
+            idx = codes[-1].repeat(2) if guided else codes[-1]
+        images.append(torch.stack(codes, dim=1))
+    return torch.cat(images)[:len(classes)]
 
 
 def codes_of_classes(model, meta, classes, args):
     """Codes of new images of these classes (N,), an array → (N, n), args.micro_batch images at a time."""
     device, n_codes, null_class = model.head.weight.device, meta["n_codes"], meta["vocab_size"] - 1
-    generator = torch.Generator(device).manual_seed(args.seed)
-    batches = [generate_codes(model, n_codes + batch.to(device), n_codes, null_class, args.cfg_scale,
-                              args.temperature, args.top_k, args.top_p, generator).cpu()
-               for batch in torch.as_tensor(classes).split(args.micro_batch or LARGE["micro_batch"])]
-    return torch.cat(batches).numpy()
+    batch = min(len(classes), args.micro_batch or LARGE["micro_batch"])
+    codes = generate_codes(model, n_codes + torch.as_tensor(classes).to(device), n_codes, null_class,
+                           args.cfg_scale, args.temperature, args.top_k, args.top_p,
+                           torch.Generator(device).manual_seed(args.seed), batch)
+    return codes.cpu().numpy()
 
 
 def save(path, write):

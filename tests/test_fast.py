@@ -241,14 +241,53 @@ def test_generation_by_the_kernels(kind):
     assert torch.equal(*sampled)
 
 
-def test_decoding_leaves_out_the_attention_that_plans_anew_for_each_length():
-    model, on = random_model(small_config()), []
+@pytest.mark.parametrize("kind", ["mha", "mla", "lave", "none"])
+@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(top_k=5, n_ids=40), dict(top_p=0.8)])
+def test_a_compiled_step_of_generation(kind, sampling):
+    """The same ids as without it, from the same random numbers; one graph serves all tokens."""
+    model, texts, graphs = random_model(small_config(**KINDS.get(kind, dict(memory="none")))), [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    how = {} if DEVICE == "cuda" else dict(backend=backend)
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            model.decoding_step = lambda pick, steps: move_fast.compiled_step(model, pick, **how)
+        tokens = model.generate(torch.tensor([[1, 2], [3, 4]], device=DEVICE), 12, **sampling,
+                                generator=torch.Generator(DEVICE).manual_seed(0))
+        texts.append(torch.stack(list(tokens)))
+    assert torch.equal(*texts) and len(texts[0].unique()) > 4
+    assert len(graphs) == (DEVICE == "cpu")
+    cache = model.new_cache(1, 1)
+    step = move_fast.compiled_step(model, lambda logits, noise: logits.argmax(-1), **how)
+    step(torch.tensor([[1]], device=DEVICE), cache, None)
+    with pytest.raises(IndexError):
+        step(torch.tensor([[1]], device=DEVICE), cache, None)
+
+
+def test_a_compiled_step_has_the_weights_in_the_dtype_of_the_activations():
+    """Cast once instead of at each token: in bfloat16 the logits are those of the model, bit by bit."""
+    model = random_model(small_config())
+    model.dtype, logits = torch.bfloat16, []
+    cache, idx = model.new_cache(1, 3), torch.tensor([[5, 6, 7]], device=DEVICE)
+    step = move_fast.compiled_step(model, lambda z, noise: logits.append(z) or z.argmax(-1))
+    with torch.inference_mode():
+        step(idx, cache, None)
+        assert torch.equal(logits[0], model(idx, cache=model.new_cache(1, 3))[:, -1])
+
+
+def test_many_steps_of_generation_are_compiled(monkeypatch):
+    model, asked = random_model(small_config()), []
     accelerate(model)
-    model.blocks[0].register_forward_pre_hook(lambda *_: on.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    tokens = model.generate(random_ids(1, 2), 3)
-    next(tokens), next(tokens)
-    assert on == [False, False]
-    assert torch.backends.cuda.cudnn_sdp_enabled()  # between two tokens the caller's setting holds
+    monkeypatch.setattr(move_fast, "compiled_step", lambda model, pick: asked.append(pick))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model.decoding_step(None, move_fast.STEPS_TO_COMPILE - 1)
+    assert not asked
+    model.decoding_step(None, move_fast.STEPS_TO_COMPILE)
+    assert len(asked) == 1
 
 
 def test_the_gradient_is_the_same_from_run_to_run():

@@ -1,4 +1,5 @@
 """Training: a run learns, survives whatever ends it, and can be used with nothing but its folder."""
+import argparse
 import dataclasses
 import importlib.util
 import itertools
@@ -311,6 +312,29 @@ def test_a_sample_is_the_same_for_the_same_seed(finished, capsys):
                         str(seed)])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("import") and len(texts[0]) > 10
+
+
+def test_several_samples_at_once(finished, capsys):
+    def write(*flags):
+        train_gpt.main(["--out_dir", str(finished), "--prompt", "import", "--max_new_tokens", "20", *flags])
+        return capsys.readouterr().out.removesuffix("\n")
+
+    texts = write("--num_samples", "3").split("\n---\n")
+    assert len(set(texts)) == 3 and all(text.startswith("import") for text in texts)
+    greedy = write("--num_samples", "2", "--temperature", "0").split("\n---\n")
+    assert greedy == [write("--temperature", "0")] * 2
+
+
+def test_a_sample_ends_with_its_document(finished, capsys, monkeypatch):
+    model, encoding = train_gpt.load_run(finished)
+    a, b = encoding.encode_ordinary("a b")
+    columns = [[a, a], [encoding.eot_token, b], [b, encoding.eot_token], [a, a], [b, b]]
+    read = []
+    monkeypatch.setattr(model, "generate", lambda *_, **__: (
+        read.append(column) or torch.tensor(column) for column in columns))
+    args = argparse.Namespace(max_new_tokens=5, num_samples=2, temperature=1, top_k=None, top_p=None, seed=0)
+    train_gpt.print_samples(model, encoding, ">", args, torch.device("cpu"))
+    assert capsys.readouterr().out == ">a\n---\n>a b\n" and len(read) == 3
 
 
 def test_sampling_needs_the_runs_folder_only(finished, tmp_path, monkeypatch, capsys):
