@@ -193,7 +193,7 @@ class KVCache:
         mask (T, max_len) of what the T tokens see."""
         positions = self.positions(new[0].size(1))
         for store, tensor in zip(self.stores, new, strict=True):
-            store[layer].index_copy_(1, positions, tensor)
+            store[layer].index_copy_(1, positions, tensor.to(store.dtype))
         mask = torch.arange(self.max_len, device=positions.device) <= positions.unsqueeze(1)
         return [store[layer] for store in self.stores], mask
 
@@ -421,7 +421,8 @@ def softcap(z, limit=15.0):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, noise=None):
     """Samples an id from each row of logits (B, V) → (B,): the most probable one at temperature 0;
-    among the k most probable with top_k; with top_p by nucleus sampling (arXiv 1904.09751).
+    among the k most probable, and those that are as probable as the k-th, with top_k; with top_p by nucleus
+    sampling (arXiv 1904.09751).
 
     noise (B, V): exponential random numbers, by default of the generator. The id with the largest p / noise
     is a sample of p: of clocks that ring at rates p, each is the first one with probability p.
@@ -520,17 +521,21 @@ class GPT(nn.Module):
         if T < 1 or T + max_new_tokens - 1 > self.config.seq_len:
             raise ValueError(f"{T} tokens and {max_new_tokens} new ones do not fit: this model reads 1 to "
                              f"{self.config.seq_len} tokens (seq_len), and the last new one is not read")
-        if temperature < 0 or (n_ids is not None and not 1 <= n_ids <= self.config.vocab_size):
-            raise ValueError(f"temperature must be 0 or more and n_ids from 1 to {self.config.vocab_size}, "
-                             f"not {temperature} and {n_ids}")
-        cache, ids = self.new_cache(B, T + max_new_tokens - 1), n_ids or self.config.vocab_size
+        ids = self.config.vocab_size if n_ids is None else n_ids
+        if not (temperature == 0 or 1e-6 <= temperature < math.inf) or not 1 <= ids <= self.config.vocab_size:
+            raise ValueError(f"temperature must be 0, or 1e-6 or more, and n_ids from 1 to "
+                             f"{self.config.vocab_size}, not {temperature} and {n_ids}")
+        if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"top_k must be 1 or more and top_p in (0, 1], not {top_k} and {top_p}")
+        cache, idx = self.new_cache(B, T + max_new_tokens - 1), idx.clone()
 
         def pick(logits, noise):
             return sample(logits[:, :ids], temperature, top_k, top_p, noise=noise)
 
         step = self.decoding_step(pick, max_new_tokens)
         for _ in range(max_new_tokens):
-            noise = torch.empty(B, ids, device=idx.device).exponential_(generator=generator)
+            noise = torch.empty(B, ids, device=idx.device, dtype=torch.float32)
+            noise.exponential_(generator=generator)
             new = step(idx, cache, noise)
             yield new
             idx = new.unsqueeze(1)
@@ -582,8 +587,8 @@ def memory_parameter_groups(model, lr_scale=1.0):
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
     banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]  # (V, M, d) each
-    routers = [p for mixer in mixers for p in mixer.router.parameters()]
-    if not mixers or not banks:
+    routers = list(dict.fromkeys(p for mixer in mixers for p in mixer.router.parameters()))
+    if not routers or not banks:
         return []
     k = lr_scale * (routers[0].size(-1) / 768) ** -0.5
     shared = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)

@@ -535,7 +535,7 @@ class FastGPT(move.GPT):
     """The loss without float32 logits; many steps of generation as a CUDA graph."""
 
     def decoding_step(self, pick, steps):
-        if steps < STEPS_TO_COMPILE or not self.head.weight.is_cuda:
+        if steps < STEPS_TO_COMPILE or not self.head.weight.is_cuda or not is_plain(self):
             return super().decoding_step(pick, steps)
         return compiled_step(self, pick)
 
@@ -774,13 +774,30 @@ def linear_cross_entropy(x, weight, targets):
 STEPS_TO_COMPILE = 512  # of generation: fewer take less time than the compiler
 
 
+def is_plain(model):
+    """Whether a GPT is what its config makes: its modules are of the types of move.py, or of their fast
+    ones, without hooks and without changes."""
+    with torch.device("meta"):
+        expected = {name: type(part) for name, part in move.GPT(model.config).named_modules()}
+    parts = dict(model.named_modules(remove_duplicate=False))
+    found = {name: REFERENCE.get(type(part), type(part)) for name, part in parts.items()}
+    return found == expected and not any(
+        change(part) or part._forward_hooks or part._forward_pre_hooks
+        or any(callable(getattr(type(part), name, None)) for name in vars(part))  # a method of its own
+        for part in parts.values())
+
+
 def compiled_step(model, pick, **how):
     """A step of generation for one new token (see move.GPT.decoding_step), sampling included, as one CUDA
     graph. Several new tokens, those of a prompt, are read as usual.
 
-    The weights are cast to the dtype of the activations once: the numbers are those of the model, as it is
-    now. how: what torch.compile gets instead of mode="reduce-overhead".
+    It computes with a plain GPT of the model's config and weights, cast to the dtype of the activations
+    once: the numbers are those of the model, as it is now. ValueError for a model with other parts. To be
+    called in inference mode.
+    how: what torch.compile gets instead of mode="reduce-overhead".
     """
+    if not is_plain(model):
+        raise ValueError("this GPT has parts that its config does not say; take model.decoding_step")
     dtype = model.dtype or model.embedding.weight.dtype
     with torch.device("meta"):
         twin = move.GPT(model.config, model.dtype)
@@ -792,16 +809,18 @@ def compiled_step(model, pick, **how):
     def step(idx, cache, noise):
         return pick(twin(idx, cache=cache)[:, -1], noise)
 
+    torch._dynamo.reset_code(step.__code__)  # of earlier models: it remembers a limited number of them
     compiled = torch.compile(step, fullgraph=True, dynamic=False, **how or dict(mode="reduce-overhead"))
 
     def next_ids(idx, cache, noise):
         if idx.size(1) > 1:
             return step(idx, cache, noise)
         cache.positions(1)  # raises where the cache is full: compiled code does not look
+        length = cache.length + 1
         for tensor in (cache.position, *cache.stores):
             torch._dynamo.mark_static_address(tensor)  # the graph changes it in place
         new = compiled(idx, cache, noise).clone()  # the next replay overwrites it
-        cache.length += 1
+        cache.length = length
         return new
 
     return next_ids

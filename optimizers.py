@@ -70,19 +70,21 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT; each of its parameters is in one group of one of them.
 
-    Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head and the
-    banks. The rates are nanochat's, those of AdamW times (d / 768)^-½, but the banks': see
-    memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its highest rate as `peak_lr`:
-    see set_learning_rates.
+    Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head, the banks
+    and whatever else there is. The rates are nanochat's, those of AdamW times (d / 768)^-½, but the banks':
+    see memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its highest rate as
+    `peak_lr`: see set_learning_rates.
     """
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     memory = memory_parameter_groups(model, lr_scale)
     for group in memory:  # a router of another kind stays with AdamW
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
     memory = [group for group in memory if group["params"]]
+    taken = {model.embedding.weight, model.head.weight, *matrices, *(p for g in memory for p in g["params"])}
+    rest = [p for p in model.parameters() if p not in taken]  # of parts that move.py has not
     k = lr_scale * (model.config.dim / 768) ** -0.5
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
-              dict(params=[model.head.weight], lr=0.004 * k)]
+              dict(params=[model.head.weight, *rest], lr=0.004 * k)]
     optimizers = [
         Muon(matrices, lr=0.02 * lr_scale),
         torch.optim.AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]

@@ -335,6 +335,13 @@ def test_top_k_samples_among_the_most_probable():
     assert max(next(iter(model.generate(prompt, 1, temperature=100.0, n_ids=7))).tolist()) == 6
 
 
+def test_generation_under_autocast():
+    for attention in ("mha", "mla"):
+        model = awake(GPT(small_config(attention)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert len(list(model.generate(random_ids(1, 2), 4))) == 4
+
+
 def test_nucleus_sampling():
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     for top_p, kept in [(0.01, {1}), (0.39, {1}), (0.45, {1, 3}), (0.69, {1, 3}), (0.8, {1, 3, 4}),
@@ -533,7 +540,9 @@ def test_targets_that_do_not_count():
     assert torch.allclose(model(idx, targets), losses[targets >= 0].mean())
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1), dict(n_ids=-1), dict(n_ids=0), dict(n_ids=51)])
+@pytest.mark.parametrize("options", [
+    dict(temperature=-1), dict(temperature=math.nan), dict(temperature=1e-40), dict(n_ids=-1), dict(n_ids=0),
+    dict(n_ids=51), dict(top_k=0), dict(top_k=-1), dict(top_p=0), dict(top_p=-1), dict(top_p=1.5)])
 def test_generation_refuses_numbers_out_of_range(options):
     with pytest.raises(ValueError):
         next(GPT(small_config()).generate(random_ids(1, 2), 3, **options))

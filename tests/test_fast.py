@@ -243,7 +243,7 @@ def test_generation_by_the_kernels(kind):
 
 @pytest.mark.parametrize("kind", ["mha", "mla", "lave", "none"])
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(top_k=5, n_ids=40), dict(top_p=0.8)])
-def test_a_compiled_step_of_generation(kind, sampling):
+def test_a_compiled_step_of_generation(kind, sampling, monkeypatch):
     """The same ids as without it, from the same random numbers; one graph serves all tokens."""
     model, texts, graphs = random_model(small_config(**KINDS.get(kind, dict(memory="none")))), [], []
 
@@ -255,7 +255,8 @@ def test_a_compiled_step_of_generation(kind, sampling):
     for compiled in (False, True):
         if compiled:
             torch._dynamo.reset()
-            model.decoding_step = lambda pick, steps: move_fast.compiled_step(model, pick, **how)
+            monkeypatch.setattr(GPT, "decoding_step",
+                                lambda model, pick, steps: move_fast.compiled_step(model, pick, **how))
         tokens = model.generate(torch.tensor([[1, 2], [3, 4]], device=DEVICE), 12, **sampling,
                                 generator=torch.Generator(DEVICE).manual_seed(0))
         texts.append(torch.stack(list(tokens)))
@@ -277,6 +278,49 @@ def test_a_compiled_step_has_the_weights_in_the_dtype_of_the_activations():
     with torch.inference_mode():
         step(idx, cache, None)
         assert torch.equal(logits[0], model(idx, cache=model.new_cache(1, 3))[:, -1])
+
+
+def test_methods_of_latent_attention_that_were_replaced():
+    model = random_model(small_config(**KINDS["mla"]))
+    assert move_fast.is_plain(model)
+    model.blocks[0].attention.latent = lambda x, c_kv, memory: c_kv
+    assert not move_fast.is_plain(model)
+
+
+def test_compiled_steps_of_many_models():
+    """More than the compiler remembers for one piece of code; with the compiler off, too."""
+    for i in range(10):
+        model = random_model(small_config(n_layers=1, dim=8 * (i + 1), n_heads=1))
+        step = move_fast.compiled_step(model, lambda z, _: z.argmax(-1), backend="eager")
+        cache = model.new_cache(1, 3)
+        with torch.inference_mode():
+            for _ in range(3):
+                step(torch.tensor([[1]], device=DEVICE), cache, None)
+        assert cache.length == cache.position.item() == 3
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        cache.reset()
+        for _ in range(3):
+            step(torch.tensor([[1]], device=DEVICE), cache, None)
+        assert cache.length == cache.position.item() == 3
+
+
+@pytest.mark.parametrize("edit", [
+    lambda model: setattr(model.blocks[1].attention.mixer, "gates", lambda x: 0),
+    lambda model: setattr(model.blocks[1].attention.mixer, "__class__", type("Mine", (ValueMixer,), {})),
+    lambda model: setattr(model.blocks[1].attention.mixer, "router", torch.nn.Linear(16, 6)),
+    lambda model: model.blocks[0].mlp_up.register_forward_hook(lambda *_: None),
+    lambda model: setattr(model, "bank", type("Pairs", (ValueBank,), {})(50, 2, 16)),
+    lambda model: setattr(model.blocks[0].attention, "queries_and_keys", lambda x, rotary: (x, x)),
+    lambda model: setattr(model.blocks[1], "__class__", type("Mine", (type(model.blocks[1]),), {})),
+    lambda model: model.blocks.append(model.blocks[0])], ids=range(8))
+def test_a_changed_model_has_no_compiled_step(edit):
+    """It would compute the old one."""
+    model = random_model(small_config(n_heads=2, dim=16, n_slots=2))
+    assert move_fast.is_plain(model) and (accelerate(model), move_fast.is_plain(model))[1]
+    edit(model)
+    assert not move_fast.is_plain(model)
+    with pytest.raises(ValueError):
+        move_fast.compiled_step(model, None)
 
 
 def test_many_steps_of_generation_are_compiled(monkeypatch):

@@ -391,6 +391,14 @@ def test_every_parameter_is_optimized_once(attention, memory):
     assert [group["lr"] * 2 for group in groups] == pytest.approx([group["lr"] for group in twice])
 
 
+def test_parts_that_move_py_has_not_are_optimized_too():
+    model = GPT(GPTConfig(50, 24, 2, 2, 16, n_slots=2))
+    model.blocks[0].norm, model.blocks[0].mlp_up = torch.nn.LayerNorm(16), torch.nn.Linear(16, 64)
+    model.blocks[1].attention.mixer.router = model.blocks[0].attention.mixer.router = torch.nn.Linear(16, 6)
+    held = [p for o in make_optimizers(model) for group in o.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+
+
 def test_muon_on_stacks_is_torchs_muon():
     torch.manual_seed(0)
     shapes = [(16, 16)] * 5 + [(64, 16)] * 3 + [(16, 64)] * 2 + [(6, 32), (7, 5), (1, 9)]
