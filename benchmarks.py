@@ -248,7 +248,11 @@ def decode(args):
                             rounds=args.rounds).items():
         if value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
-    from move_fast import compiled_step  # needs Triton
+    try:
+        from move_fast import compiled_step
+    except ImportError as error:
+        raise UserError(f"decode needs move_fast.py, which cannot be imported ({error})") from None
+    configs = {name: config_of(name, args, args.vocab_size, "-mla") for name in args.variants}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{machine}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
@@ -256,7 +260,7 @@ def decode(args):
           "compiled, ms a step | tokens/s | cache, bytes a token | ready after, s |\n" + "|---" * 7 + "|",
           flush=True)
     for name, batch in itertools.product(args.variants, args.batch):
-        config, latent = config_of(name, args, args.vocab_size, "-mla")
+        config, latent = configs[name]
         config = dataclasses.replace(config, attention="mla" if latent else "mha")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = GPT(config, dtype).to(device).eval()
@@ -305,20 +309,23 @@ def copied(text, source, length):
 def words(args):
     """Lets a run of text write with several seeds, at its default temperature; prints how many of the words
     are words of its data set, and whether it copies 60 characters in a row of the training text."""
+    if min(args.seeds, args.words) < 1:
+        raise UserError(f"--seeds and --words must be at least 1, not {args.seeds} and {args.words}")
     model, tokenizer = load_run(args.run)
     flags = read_checkpoint(args.run)["flags"]
     data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])
     source = tokenizer.decode(data.train.tolist())
     corpus = source + tokenizer.decode(data.val.tolist())
-    vocabulary, total, known = set(re.findall(r"[A-Za-z']+", corpus.lower())), 0, 0
+    vocabulary, total, known = set(re.findall(r"[\w']+", corpus.lower())), 0, 0
     for seed in range(args.seeds):
         generator, text = torch.Generator().manual_seed(seed), ""
-        while len(re.findall(r"[A-Za-z']+", text)) < args.words:
-            prompt = torch.tensor([[tokenizer.eot_token]])
-            ids = model.generate(prompt, model.config.seq_len, temperature=flags["temperature"],
+        while len(re.findall(r"[\w']+", text)) < args.words:
+            prompts = torch.full((8, 1), tokenizer.eot_token)
+            ids = model.generate(prompts, model.config.seq_len, temperature=flags["temperature"],
                                  top_k=flags["top_k"], n_ids=tokenizer.n_vocab, generator=generator)
-            text += tokenizer.decode([id.item() for id in ids if id.item() != tokenizer.eot_token]) + "\n"
-        found = [word in vocabulary for word in re.findall(r"[A-Za-z']+", text.lower())]
+            for row in torch.stack(list(ids), dim=1).tolist():
+                text += tokenizer.decode([id for id in row if id != tokenizer.eot_token]) + "\n"
+        found = [word in vocabulary for word in re.findall(r"[\w']+", text.lower())]
         total, known = total + len(found), known + sum(found)
         copy = copied(text, source, 60)
         print(f"seed {seed}: {len(found)} words, {sum(found) / len(found):.1%} of them in the data set; "
@@ -339,7 +346,7 @@ def curves(args):
 
 
 def add_commands(commands):
-    """Adds curves, words, digits and overhead to the command line of experiments.py."""
+    """Adds the commands of this file to the command line of experiments.py."""
     def command(function, call):
         sub = commands.add_parser(function.__name__, description=function.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -45,7 +45,7 @@ from gates import draw_senses, read_senses, sense_distances, text_of, write_page
 from lab import FULL, Lab, average, compare, curves, differ, mean, noise, spread
 from move import GPT, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
-from prepare_data import ArgumentParser, run, token_bytes
+from prepare_data import ArgumentParser, make_folder, run, token_bytes
 from run_folder import newest_run
 from train_gpt import TextWindows, load_run
 
@@ -91,9 +91,10 @@ def scaling(lab):
             best += 1
         few, *_, many = sizes[depth]
         label = f"{memory}, depth {depth}, M = "
-        sentences += [f"{memory}, depth {depth}: from M = {few} on, each step to more slots helps more than "
-                      f"seeds differ up to M = {sizes[depth][best]}.",
-                      compare(f"{label}{many}", series[-1], f"M = {few}", series[0])]
+        sentences.append(compare(f"{label}{many}", series[-1], f"M = {few}", series[0]))
+        if lab.seeds > 1:
+            sentences.append(f"{memory}, depth {depth}: each step to more slots helps more than seeds differ "
+                             + (f"up to M = {sizes[depth][best]}." if best else "nowhere."))
         if memory == "move":
             without = curves(done["none", 0, depth])[1]
             for n, (steps, bits) in zip(sizes[depth], map(curves, series), strict=True):
@@ -128,17 +129,18 @@ def ablation(lab):
 # --- gates
 
 
+def page(args):
+    """gates --text: the page, of a run that is there."""
+    folder, path, text = args.run or newest_run("text"), args.out_dir / "gates.html", text_of(args.text)
+    make_folder(args.out_dir, "--out_dir")
+    write_page(*load_run(folder), text, path)
+    print(f"wrote {path}, the gates of the run in {folder}; open it in a browser")
+
+
 def gates(lab):
     """Do the gates of a word depend on its sense? The distance of gates between two senses of a word beside
     that within one sense, by layer and by length of the context, for the words of docs/senses.txt. With
     --text no test: a page of HTML that shows the gates of a text."""
-    if lab.args.text is not None:
-        folder = lab.args.run or newest_run("text")
-        path, text = lab.args.out_dir / "gates.html", text_of(lab.args.text)
-        lab.args.out_dir.mkdir(parents=True, exist_ok=True)
-        write_page(*load_run(folder), text, path)
-        print(f"wrote {path}, the gates of the run in {folder}; open it in a browser")
-        return
     if lab.args.run:
         folders = [lab.args.run]
     else:
@@ -452,51 +454,51 @@ def start_banks(model, std):
 
 def frozen_gates(model, data, sequences=32):
     """Bits per byte that the gates carry: how many more there are with each gate at its mean over contexts
-    (`mean`), and at its mean over the contexts of the same id (`mean_of_id`); of part of the validation set.
+    (`mean`), and at its mean over the other contexts of the same id (`mean_of_id`; where there is no other,
+    at `mean`); of part of the validation set.
     And `slot_cosine`, the mean cosine between two slots of an id, weighted by how often the id comes."""
     model = reference(model).eval()
     config, device = model.config, model.embedding.weight.device
     windows = TextWindows(data.val, config.seq_len, data.folder)
     count = min(sequences, len(windows))
     mixers = [module for module in model.modules() if isinstance(module, ValueMixer)]
-    seen, tokens = {mixer: [] for mixer in mixers}, []
+    all_ids, all_targets = windows[np.arange(count)]
+    ids, index, times = all_ids.flatten().unique(return_inverse=True, return_counts=True)
+    gates = {mixer: [] for mixer in mixers}
 
     def nats(gates_of):
-        """Mean cross-entropy where gates_of(mixer, idx, g) replaces the gates g."""
+        """Summed cross-entropy where gates_of(mixer, number of the sequence, g) replaces the gates g."""
         total = 0
-        for start in range(count):
-            idx, targets = (t.to(device) for t in windows[np.arange(start, start + 1)])
-            tokens.append(idx)
+        for i in range(count):
             for mixer in mixers:
-                gates = functools.partial(type(mixer).gates, mixer)
+                plain = functools.partial(type(mixer).gates, mixer)
                 mixer.gates = functools.partial(
-                    lambda mixer, idx, gates, x: gates_of(mixer, idx, gates(x)), mixer, idx, gates)
+                    lambda mixer, i, plain, x: gates_of(mixer, i, plain(x)), mixer, i, plain)
+            idx, targets = (t[i:i + 1].to(device) for t in (all_ids, all_targets))
             total += model(idx, targets).item() * targets.numel()
         return total
 
-    def record(mixer, idx, g):
-        seen[mixer].append(g.float().cpu())
+    def record(mixer, i, g):
+        gates[mixer].append(g.float().cpu())
         return g
 
     with torch.inference_mode():
         plain = nats(record)
-        idx = torch.cat(tokens).cpu()
-        gates = {mixer: torch.cat(g) for mixer, g in seen.items()}  # (sequences, T, H, M+1) each
+        gates = {mixer: torch.cat(g) for mixer, g in gates.items()}  # (sequences, T, H, M+1) each
         means = {mixer: g.mean((0, 1)) for mixer, g in gates.items()}
-        ids, index, times = idx.flatten().unique(return_inverse=True, return_counts=True)
-        row_of = torch.zeros(config.vocab_size, dtype=torch.long)
-        row_of[ids] = torch.arange(len(ids))
         of_id = {}
         for mixer, g in gates.items():
             total = torch.zeros(len(ids), *g.shape[2:]).index_add_(0, index, g.flatten(0, 1))
-            of_id[mixer] = total / times.view(-1, 1, 1)
-        by_mean = nats(lambda mixer, idx, g: means[mixer].to(g).expand_as(g))
-        by_id = nats(lambda mixer, idx, g: of_id[mixer][row_of[idx.cpu()]].to(g))
+            others = (times[index] - 1).view(-1, 1, 1)
+            mean_of_others = (total[index] - g.flatten(0, 1)) / others.clamp(min=1)
+            of_id[mixer] = torch.where(others > 0, mean_of_others, means[mixer]).view_as(g)
+        by_mean = nats(lambda mixer, i, g: means[mixer].to(g).expand_as(g))
+        by_id = nats(lambda mixer, i, g: of_id[mixer][i:i + 1].to(g))
         lengths = torch.from_numpy(token_bytes(data.tokenizer()))
-        size = lengths[windows[np.arange(count)][1]].sum().item() * float(np.log(2))
+        size = lengths[all_targets].sum().item() * float(np.log(2))
         found = dict(mean=(by_mean - plain) / size, mean_of_id=(by_id - plain) / size)
         if config.memory == "move" and config.n_slots > 1:
-            M, sample = config.n_slots, idx.flatten()[:4096].to(device)
+            M, sample = config.n_slots, all_ids.flatten()[:4096].to(device)
             rows = F.normalize(model.bank.weight[sample].float(), dim=-1).sum(1)  # |Σ of units|² = M + pairs
             found["slot_cosine"] = ((rows.square().sum(-1) - M) / (M * (M - 1))).mean().item()
     return found
@@ -569,13 +571,13 @@ def main(argv=None):
         add("--device", choices=["cuda", "mps", "cpu"], help="(default: CUDA if there is, else the CPU)")
         add("--data_dir", type=Path, default=Path("data"), help="(default: data)")
         add("--out_dir", type=Path, default=Path("out/experiments"), help="(default: out/experiments)")
+        sub.set_defaults(call=lambda args, f=experiment: f(Lab(args, f.__name__)), text=None)
         if experiment is gates:
             add("--run", type=Path, help="a trained run instead of new ones (--text: the newest in out/)")
             add("--text", help="make a page of HTML of the gates on this text, or on that of this file")
-        sub.set_defaults(call=lambda args, f=experiment: f(Lab(args, f.__name__)))
     benchmarks.add_commands(commands)
     args = parser.parse_args(argv)
-    args.call(args)
+    page(args) if getattr(args, "text", None) is not None else args.call(args)
 
 
 if __name__ == "__main__":

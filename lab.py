@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from command_line import Machine, fast_bfloat16, resolve_flags
 from move import GPT, GPTConfig
 from optimizers import make_optimizers
-from prepare_data import UserError, load_dataset, write_file
+from prepare_data import UserError, load_dataset, make_folder, write_file
 from run_folder import read_log
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text
 
@@ -67,13 +67,16 @@ class Lab:
     def __init__(self, args, name):
         given = {key: value for key, value in vars(args).items() if value is not None}
         sizes = {**(QUICK if args.quick else FULL), **given}
-        for key in ("depth", "seeds", "steps"):
-            if not 1 <= sizes[key] <= 10**6:
-                raise UserError(f"--{key} must be from 1 to {10**6}, not {sizes[key]}")
+        for key, most in dict(depth=1000, seeds=1000, steps=10**9).items():
+            if not 1 <= sizes[key] <= most:
+                raise UserError(f"--{key} must be from 1 to {most}, not {sizes[key]}")
         self.name, self.args = name, args
         self.depth, self.seeds, self.steps = sizes["depth"], sizes["seeds"], sizes["steps"]
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = args.dataset or DEFAULTS["cuda" if self.device == "cuda" else "cpu"]["dataset"]
+        given = dict(device=self.device, dataset=self.dataset, out_dir=args.out_dir)
+        resolve_flags(given, DEFAULTS)  # checks them
+        make_folder(args.out_dir, "--out_dir")
         data = load(argparse.Namespace(data_dir=args.data_dir, dataset=self.dataset),
                     Machine(torch.device("cpu")), "text", TEXT_SETS)
         self.vocab_size = data.meta["vocab_size"]
@@ -81,7 +84,7 @@ class Lab:
         self.flags = dict(dataset=self.dataset, data_dir=args.data_dir, device=self.device,
                           seq_len=sizes["seq_len"], batch_tokens=sizes["batch_tokens"], max_steps=self.steps,
                           eval_every=every, eval_tokens=sizes["eval_tokens"], log_every=every)
-        self.report = args.out_dir / f"{name}-{self.dataset}.json"
+        self.report = args.out_dir / f"{name}-{self.dataset}{'-quick' * args.quick}.json"
 
     def runs(self, memory, n_slots=0, note="", depth=None, looks=1, flags=None, **parts):
         """The same Run with each seed. looks: how many checkpoints it has; parts: the Run's other fields."""
@@ -91,7 +94,8 @@ class Lab:
         return [Run({**flags, "seed": seed}, note, **parts) for seed in range(self.seeds)]
 
     def config(self, memory, n_slots, depth=None, attention="mha"):
-        return GPTConfig.from_depth(depth or self.depth, vocab_size=self.vocab_size, memory=memory,
+        vocab_size = -64 * (-self.vocab_size // 64)  # padded, as train_gpt.py does
+        return GPTConfig.from_depth(depth or self.depth, vocab_size=vocab_size, memory=memory,
                                     n_slots=n_slots, seq_len=self.flags["seq_len"], attention=attention)
 
     def memory_parameters(self, *about):
@@ -130,7 +134,10 @@ class Lab:
             with concurrent.futures.ProcessPoolExecutor(gpus, context, take_gpu, (free,)) as pool:
                 futures = {pool.submit(train_run, run, folder): run for run in todo}
                 for future in concurrent.futures.as_completed(futures):
-                    yield futures[future], future.result()
+                    try:
+                        yield futures[future], future.result()
+                    except concurrent.futures.BrokenExecutor:
+                        yield futures[future], "its process was killed"
 
     def estimate(self, runs):
         """Seconds that the runs take on one GPU or CPU, from their operations and the speed of a matrix
@@ -184,17 +191,30 @@ def take_gpu(free):
 def is_done(run, folder):
     """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
     path, last = folder / run.name, [run.flags["max_steps"]]
-    if not (path / "log.jsonl").exists() or (run.keep and not (path / "checkpoint.pt").exists()):
+    settings = path.with_suffix(".json")
+    if not settings.exists() or settings.read_text() != settings_of(run) or (
+            run.keep and not (path / "checkpoint.pt").exists()):
         return False
     looked = run.look is None or [look["step"] for look in looks_of(run, folder)][-1:] == last
     return looked and read_log(path, "val_bits_per_byte")[0][-1:] == last
+
+
+RECIPE = 2  # to be raised where a change of the code changes what a run finds
+
+
+def settings_of(run):
+    """What a result depends on, as JSON: the recipe, the flags and the data set."""
+    data = load_dataset(Path(run.flags["data_dir"]) / run.flags["dataset"], check=False)
+    flags = {key: value for key, value in run.flags.items() if key != "data_dir"}
+    return json.dumps([RECIPE, flags, data.identity()], sort_keys=True)
 
 
 def train_run(run, folder):
     """Trains a run from its start. What it prints goes to <run>.txt → None, or what went wrong."""
     path, looks = folder / run.name, folder / f"{run.name}.looks.jsonl"
     shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
-    looks.unlink(missing_ok=True)
+    for left in (looks, path.with_suffix(".json")):
+        left.unlink(missing_ok=True)
 
     def after_save(model, step):
         if run.look is not None:
@@ -207,7 +227,7 @@ def train_run(run, folder):
             given = vars(make_parser().parse_args([*run.arguments(), f"--out_dir={path}"]))
             args = resolve_flags(given, DEFAULTS)
             train_text(args, set_up_machine(args), None, run.change, after_save, run.optimizers_of)
-        except (UserError, OSError, RuntimeError) as error:
+        except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             torch._dynamo.reset()  # it remembers a limited number of models
@@ -216,6 +236,7 @@ def train_run(run, folder):
                 torch.cuda.empty_cache()
     if not run.keep:
         (path / "checkpoint.pt").unlink()
+    write_file(path.with_suffix(".json"), lambda file: file.write(settings_of(run).encode()))
     return None
 
 
@@ -259,9 +280,14 @@ def noise(results):
 
 
 def differ(results, others):
-    """By how much the first has more bits per byte than the second, 0 if seeds differ as much."""
+    """By how much the first has more bits per byte than the second; 0 if seeds may do that (Student's t, 5 %)
+    or if there is one seed, which cannot tell."""
+    n = min(len(results), len(others))
+    if n < 2:
+        return 0.0
+    error, t = np.hypot(noise(results), noise(others)) / n ** 0.5, {2: 4.3, 3: 2.8}.get(n, 2.4)
     difference = mean(results) - mean(others)
-    return difference if abs(difference) > np.hypot(noise(results), noise(others)) else 0.0
+    return difference if abs(difference) > t * error else 0.0
 
 
 def compare(label, results, other, others):

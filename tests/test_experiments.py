@@ -52,7 +52,7 @@ def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monk
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
     experiments.main([experiment.__name__, *toy])
-    name = f"{experiment.__name__}-small"
+    name = f"{experiment.__name__}-small-quick"
     report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert report["table"] and report["sentences"] and all(report["sentences"])
     for row in report["table"]:
@@ -73,12 +73,13 @@ def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(experiments, "read_senses", lambda path: [
         ("self", sense, f"one two three four five six seven {i} self") for sense in "ab" for i in range(2)])
     experiments.main(["gates", *toy])
-    report = json.loads((tmp_path / "out" / "gates-small.json").read_text())
+    report = json.loads((tmp_path / "out" / "gates-small-quick.json").read_text())
     assert {row["layer"] for row in report["table"]} == {1, 2} and len(report["table"]) == 10
-    assert (tmp_path / "out" / "gates-small.png").exists()
+    assert (tmp_path / "out" / "gates-small-quick.png").exists()
     run, = (tmp_path / "out" / "runs").glob("*/checkpoint.pt")
     (tmp_path / "a.txt").write_text("def f(self): <b>")
-    experiments.main(["gates", *toy, "--run", str(run.parent), "--text", str(tmp_path / "a.txt")])
+    experiments.main(["gates", "--run", str(run.parent), "--text", str(tmp_path / "a.txt"), "--out_dir",
+                      str(tmp_path / "out")])
     assert "&lt;" in (tmp_path / "out" / "gates.html").read_text()
     fails(experiments, ["gates", *toy, "--run", tmp_path, "--text", "x"], "checkpoint.pt")
 
@@ -97,8 +98,13 @@ def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "train", lambda args, *others: real(args, *others)
                         if args.memory == "lave" else pytest.fail("trained twice"))
     experiments.main(["parity", *toy])
-    for flag, value in [("--steps", 0), ("--seeds", -1), ("--depth", 0), ("--dataset", "nothing")]:
+    for flag, value in [("--steps", 0), ("--seeds", -1), ("--depth", 0), ("--depth", 1001),
+                        ("--dataset", "nothing"), ("--dataset", "../small")]:
         fails(experiments, ["parity", *toy, flag, value], "nothing" if value == "nothing" else flag)
+    if not torch.cuda.is_available():
+        fails(experiments, ["parity", *toy, "--device", "cuda"], "--device cuda")
+    (tmp_path / "file").write_text("mine")
+    fails(experiments, ["parity", *toy, "--out_dir", tmp_path / "file"], "file")
 
 
 def test_runs_on_several_gpus(toy, tmp_path):
@@ -123,7 +129,36 @@ def test_mean_spread_and_comparison():
     assert lab.noise(a) == pytest.approx(0.02 ** 0.5) and lab.noise(c) == 0
     assert lab.differ(b, a) == pytest.approx(1) and lab.differ(a, b) == pytest.approx(-1)
     assert lab.differ(a, [dict(bits=1.0), dict(bits=1.1)]) == 0
+    assert lab.differ(a, c) == lab.differ(c, [dict(bits=9.0)]) == 0  # one seed cannot tell
     assert "better" in lab.compare("a", a, "b", b) and "worse" in lab.compare("b", b, "a", a)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_seeds_alone_seldom_make_a_difference(n):
+    rng = np.random.default_rng(0)
+    wrong = [lab.differ(*([dict(bits=x) for x in rng.normal(size=n)] for _ in range(2))) != 0
+             for _ in range(2000)]
+    assert np.mean(wrong) < 0.06
+
+
+def test_results_of_another_data_set_are_not_taken(toy, data_dir, tmp_path, monkeypatch):
+    """Nor those of other flags, or of another recipe."""
+    args = argparse.Namespace(quick=True, dataset="small", data_dir=data_dir, out_dir=tmp_path, device="cpu",
+                              depth=1, seeds=1, steps=1)
+    run, = lab.Lab(args, "x").runs("none")
+    (tmp_path / "runs").mkdir()
+    assert not lab.is_done(run, tmp_path / "runs")
+    assert lab.train_run(run, tmp_path / "runs") is None and lab.is_done(run, tmp_path / "runs")
+    data = load_dataset(data_dir / "small")
+    other = type(data)(data.folder, {**data.meta, "vocab_size": 500}, data.train, data.val)
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "load_dataset", lambda *_, **__: other)
+        assert not lab.is_done(run, tmp_path / "runs")
+    run.flags["seq_len"] = 16
+    assert not lab.is_done(run, tmp_path / "runs")
+    run.flags["seq_len"] = TOY["seq_len"]
+    monkeypatch.setattr(lab, "RECIPE", 0)
+    assert not lab.is_done(run, tmp_path / "runs")
 
 
 def test_the_gradient_of_a_row_by_layer():
@@ -299,6 +334,7 @@ def test_words_and_curves_of_a_run(data_dir, tmp_path, capsys):
     with Image.open(tmp_path / "both.png") as chart:
         assert chart.width > 500
     fails(experiments, ["words", tmp_path], "checkpoint.pt")
+    fails(experiments, ["words", out_dir, "--seeds", 0], "--seeds")
     fails(experiments, ["curves", tmp_path / "nothing"], "nothing")
     with open(out_dir / "log.jsonl", "a") as log:
         log.write('[1]\nno JSON\n{"loss": 1}\n{"step": 3, "val_bits_per')  # a kill cut it short
