@@ -160,12 +160,17 @@ class World:
         return ends_well(SCRIPTS[kind].main, "--out_dir", out_dir, *SAMPLE[kind])
 
 
+def hasten(patch):
+    """Leaves out what takes longer than all else."""
+    patch.setattr(train_gpt, "update_curves", lambda folder: None)
+    patch.setattr(train_image, "MAX_COLUMNS", 1)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "update_curves", lambda folder: None)  # takes longer than all else
-        patch.setattr(train_image, "MAX_COLUMNS", 1)
-        yield World(tmp_path_factory.mktemp("world"))
+        hasten(patch)
+        return World(tmp_path_factory.mktemp("world"))
 
 
 # ----------------------------------------------------------------------------------------- attacks
@@ -389,6 +394,7 @@ SHARES = {attack_data: 5, attack_checkpoint: 6, attack_run: 2, attack_images: 4,
 @pytest.mark.parametrize("attack", SHARES, ids=lambda attack: attack.__name__)
 @pytest.mark.filterwarnings("ignore")  # of doubled names in archives
 def test_attacks(attack, world, tmp_path, monkeypatch, record_property):
+    hasten(monkeypatch)
     outcomes, failures = collections.Counter(), []
     for i in range(ATTACKS * SHARES[attack] // sum(SHARES.values())):
         folder, what = tmp_path / str(i), []
