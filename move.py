@@ -95,6 +95,8 @@ class ValueMixer(nn.Module):
         return g if self.gate_value else F.pad(g, (1, 0), value=1.0)  # g_0 = 1
 
     def forward(self, x, v, memory):
+        if memory is None:
+            raise RuntimeError("this layer mixes a memory and got none; give it bank(idx)")
         return mix_values(v, memory.to(v.dtype), self.gates(x).to(v.dtype))
 
 

@@ -526,6 +526,13 @@ def test_parameter_groups_of_the_memory(memory, n_slots):
     assert memory_parameter_groups(GPT(small_config(memory="none"))) == []
 
 
+def test_a_layer_with_a_router_needs_a_memory():
+    for layer in (GPT(small_config()).blocks[0].attention, GPT(small_config("mla")).blocks[0].attention):
+        rotary = rotary_embedding(torch.arange(5)[:, None], 8 if layer.__class__ is move.MoVEAttention else 4)
+        with pytest.raises(RuntimeError, match="memory"):
+            layer(torch.randn(1, 5, 16), rotary)
+
+
 @pytest.mark.parametrize("shape", [(2, 7), (1, 8), (2, 1), (8, 2), (16,)])
 def test_targets_of_another_shape(shape):
     with pytest.raises(RuntimeError):
