@@ -293,11 +293,16 @@ def set_up_machine(args):
 
 @contextlib.contextmanager
 def ends_together():
-    """The processes that start inside end together: Gloo's threads may abort a process that does not wait."""
+    """The processes that start inside end together: Gloo's threads may abort a process that does not wait. If
+    one of them fails, the others get a UserError."""
     try:
         yield
         if dist.is_initialized():
             dist.barrier()
+    except RuntimeError as error:
+        if dist.is_initialized() and any(name in str(error).lower() for name in ("gloo", "nccl")):
+            raise UserError("another process ended; see its line") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -272,6 +272,23 @@ def test_a_file_where_the_folder_of_the_run_should_be(data_dir, tmp_path):
     assert "terminate called" not in error  # no process ends by an abort
 
 
+def test_one_of_two_processes_fails(data_dir, tmp_path):
+    """The main one cannot write its log: it says so in a line, and the other one that another one ended."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(HERE)!r})
+import train_gpt
+def call(self, text, **record):
+    raise OSError(28, "No space left on device", "log.jsonl")
+train_gpt.Log.__call__ = call
+train_gpt.run(train_gpt.main)""")
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script,
+         *command(data_dir, tmp_path / "run", "--max_steps", 2)], capture_output=True, text=True, timeout=100)
+    lines = re.findall("^error: .*", process.stderr, re.M)
+    assert process.returncode and any("log.jsonl" in line for line in lines), process.stderr
+    assert "RuntimeError" not in process.stderr and "terminate called" not in process.stderr
+
+
 def test_a_run_keeps_the_tokenizer_of_its_own_data(data_dir, finished, tmp_path):
     """Not that of a run on other data, which a kill ended before its first checkpoint."""
     (tmp_path / "run").mkdir()
