@@ -1,4 +1,5 @@
 """Data on disk: what is written comes back whole, what is damaged is refused, what a kill leaves goes."""
+import contextlib
 import errno
 import hashlib
 import io
@@ -658,6 +659,26 @@ def test_a_file_where_a_folder_should_be(sources, tmp_path):
         text = next(sources.iterdir())
         fails(prepare_data, ["--text", text, "--data_dir", data_dir], f"{data_dir} .*--data_dir")
     fails(prepare_data, ["shakespeare", "--name=--"], "--name")
+
+
+def test_ctrl_c_that_rust_drops(monkeypatch):
+    """rustbpe logs by Python's logging, and ignores what is raised there, an interrupt too."""
+    class Tokenizer:
+        def train_from_iterator(self, texts, vocab_size, pattern):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+        def get_mergeable_ranks(self):
+            return [(bytes([i]), i) for i in range(256)]
+
+    monkeypatch.setattr(prepare_data.rustbpe, "Tokenizer", Tokenizer)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data.train_tokenizer(["x"], 300)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_a_data_set_is_made(tmp_path):
