@@ -166,14 +166,14 @@ class Lab:
         print("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), flush=True)
         return [dict(zip(header, row, strict=True)) for row in rows]
 
-    def write(self, table, sentences, panels=(), **more):
+    def write(self, table, sentences, panels=()):
         """The report: table, sentences, and a chart of panels (see draw)."""
         for sentence in sentences:
             print(sentence)
         machine = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         content = dict(command="python " + " ".join(sys.argv), machine=machine, torch=torch.__version__,
                        flags={key: str(value) for key, value in self.flags.items()}, table=table,
-                       sentences=sentences, **more)
+                       sentences=sentences)
         write_file(self.report, lambda file: file.write(json.dumps(content, indent=1).encode()))
         if panels:
             draw(panels, self.report.with_suffix(".png"))
@@ -191,7 +191,7 @@ def take_gpu(free):
 def is_done(run, folder):
     """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
     path, last = folder / run.name, [run.flags["max_steps"]]
-    settings = path.with_suffix(".json")
+    settings = folder / f"{run.name}.json"
     if not settings.exists() or settings.read_text() != settings_of(run) or (
             run.keep and not (path / "checkpoint.pt").exists()):
         return False
@@ -211,9 +211,9 @@ def settings_of(run):
 
 def train_run(run, folder):
     """Trains a run from its start. What it prints goes to <run>.txt → None, or what went wrong."""
-    path, looks = folder / run.name, folder / f"{run.name}.looks.jsonl"
+    path, looks, settings = (folder / f"{run.name}{end}" for end in ("", ".looks.jsonl", ".json"))
     shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
-    for left in (looks, path.with_suffix(".json")):
+    for left in (looks, settings):
         left.unlink(missing_ok=True)
 
     def after_save(model, step):
@@ -236,7 +236,7 @@ def train_run(run, folder):
                 torch.cuda.empty_cache()
     if not run.keep:
         (path / "checkpoint.pt").unlink()
-    write_file(path.with_suffix(".json"), lambda file: file.write(settings_of(run).encode()))
+    write_file(settings, lambda file: file.write(settings_of(run).encode()))
     return None
 
 
@@ -262,11 +262,10 @@ def result(run, folder):
 # ---------------------------------------------------------------------------------------------- reports
 
 
-def spread(results, key="bits"):
+def spread(results):
     """'mean ± standard deviation (n)' of the results of one method."""
-    values = [r[key] for r in results]
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} ({len(values)})" if len(values) > 1 else \
-        f"{values[0]:.4f} (1)"
+    between = f" ± {noise(results):.4f}" if len(results) > 1 else ""
+    return f"{mean(results):.4f}{between} ({len(results)})"
 
 
 def average(looks, key, form):

@@ -521,8 +521,9 @@ def print_samples(model, encoding, prompt, args, device):
     stream = model.generate(torch.tensor([idx] * n, device=device), count, args.temperature, args.top_k,
                             args.top_p, n_ids=encoding.n_vocab,
                             generator=torch.Generator(device).manual_seed(args.seed))
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n)]  # a character may
-    texts, ended = [prompt] * n, set()                                                      # span tokens
+    # A character may span tokens.
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n)]
+    texts, ended = [prompt] * n, set()
     print(prompt * (n == 1), end="", flush=True)
     at_once = 16 if device.type == "cuda" else 1  # the GPU is not waited for at every token
     while len(ended) < n and (chunk := list(itertools.islice(stream, at_once))):

@@ -1,5 +1,6 @@
 """The experiments at toy size, what they measure in cases where it is known, and the benchmarks."""
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -154,6 +155,10 @@ def test_results_of_another_data_set_are_not_taken(toy, data_dir, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(lab, "load_dataset", lambda *_, **__: other)
         assert not lab.is_done(run, tmp_path / "runs")
+    other, = lab.Lab(args, "x").runs("none", note="rate_0.5")  # a point in a name ends nothing
+    again = dataclasses.replace(other, flags={**other.flags, "seed": 1})
+    assert lab.train_run(other, tmp_path / "runs") is None and lab.train_run(again, tmp_path / "runs") is None
+    assert lab.is_done(other, tmp_path / "runs") and lab.is_done(again, tmp_path / "runs")
     run.flags["seq_len"] = 16
     assert not lab.is_done(run, tmp_path / "runs")
     run.flags["seq_len"] = TOY["seq_len"]
