@@ -436,8 +436,7 @@ def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=
         adamw.param_groups[:] = [g for g in adamw.param_groups if g["params"][0] not in banks]
     if routers == "adamw" and banks:
         held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
-        muon.param_groups[0]["params"] = [p for p in muon.param_groups[0]["params"]
-                                          if not any(p is router for router in held)]
+        muon.param_groups[0]["params"] = [p for p in muon.param_groups[0]["params"] if p not in set(held)]
         lr = 0.004 * lr_scale * (model.config.dim / 768) ** -0.5
         extra.append(torch.optim.AdamW(held, lr=lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0))
     for optimizer in extra:

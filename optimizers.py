@@ -77,10 +77,11 @@ def make_optimizers(model, lr_scale=1.0):
     """
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     memory = memory_parameter_groups(model, lr_scale)
+    taken = {model.embedding.weight, model.head.weight, *matrices}
     for group in memory:  # a router of another kind stays with AdamW
-        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
+        group["params"] = [p for p in group["params"] if p not in taken]
+        taken.update(group["params"])
     memory = [group for group in memory if group["params"]]
-    taken = {model.embedding.weight, model.head.weight, *matrices, *(p for g in memory for p in g["params"])}
     rest = [p for p in model.parameters() if p not in taken]  # of parts that move.py has not
     k = lr_scale * (model.config.dim / 768) ** -0.5
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
