@@ -15,7 +15,8 @@
     recipe            learning rates, optimizers and start of the memory, one change at a time
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
-out/experiments/<name>-<dataset>.json and .png. Then there are checks and measurements of benchmarks.py:
+out/experiments/<name>-<dataset>.json and .png, or <name>-<dataset>-dN with --depth N. Then there are checks
+and measurements of benchmarks.py:
 
     python experiments.py curves out/<run> out/<run>             losses and gates of several runs in one chart
     python experiments.py words out/<run>                        does a run write words, and words of its own?
@@ -416,10 +417,31 @@ class RowAdam(torch.optim.Optimizer):
                 p.copy_(p.float() - group["lr"] * p.grad.float() * torch.where(touched, v.rsqrt(), 0))
 
 
+class RowAdamW(torch.optim.Optimizer):
+    """AdamW without decay, but with one second moment for each row (a slot of an id): the mean of g²."""
+
+    def __init__(self, params, lr, betas=(0.8, 0.95), eps=1e-10):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, t=0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["t"] += 1
+            (beta1, beta2), t = group["betas"], group["t"]
+            for p in group["params"]:
+                m, v = self.state[p].values() if self.state[p] else (
+                    torch.zeros_like(p), torch.zeros_like(p[..., :1], dtype=torch.float32))
+                m.lerp_(p.grad, 1 - beta1)
+                v.lerp_(p.grad.float().square().mean(-1, keepdim=True), 1 - beta2)
+                self.state[p] = dict(exp_avg=m, exp_avg_sq=v)
+                root = (v / (1 - beta2 ** t)).sqrt() + group["eps"]
+                p.copy_(p.float() - group["lr"] / (1 - beta1 ** t) * m.float() / root)
+
+
 def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=None, weight_decay=0.0,
-                      routers="muon", rows=False):
+                      routers="muon", rows=None):
     """make_optimizers with factors on the rates of the banks, the embedding and the head, and other choices:
-    betas and weight decay of the banks, routers by 'adamw', rows: RowAdam for the banks."""
+    betas and weight decay of the banks, routers by 'adamw', rows: RowAdam or RowAdamW for the banks."""
     muon, adamw = make_optimizers(model, lr_scale)
     banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
     extra = []
@@ -431,7 +453,7 @@ def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=
         if p in banks:
             group.update(betas=betas or group["betas"], weight_decay=weight_decay)
             if rows:
-                extra.append(RowAdam(group["params"], group["lr"]))
+                extra.append(rows(group["params"], group["lr"]))
     if rows:
         adamw.param_groups[:] = [g for g in adamw.param_groups if g["params"][0] not in banks]
     if routers == "adamw" and banks:
@@ -510,7 +532,8 @@ def recipe(lab):
     rates = {f"rate of the bank × {factor:g}": dict(bank=factor) for factor in (1 / 4, 1 / 2, 2, 4)}
     changes = {**rates, "routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
-               "one second moment a row": dict(rows=True)}
+               "one second moment a row": dict(rows=RowAdamW),
+               "one a row, touched rows only": dict(rows=RowAdam, bank=1 / 8)}
     methods = {}
 
     def add(memory, n_slots, label, options=None, **parts):

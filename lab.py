@@ -84,7 +84,8 @@ class Lab:
         self.flags = dict(dataset=self.dataset, data_dir=args.data_dir, device=self.device,
                           seq_len=sizes["seq_len"], batch_tokens=sizes["batch_tokens"], max_steps=self.steps,
                           eval_every=every, eval_tokens=sizes["eval_tokens"], log_every=every)
-        self.report = args.out_dir / f"{name}-{self.dataset}{'-quick' * args.quick}.json"
+        depth = f"-d{args.depth}" if args.depth else ""
+        self.report = args.out_dir / f"{name}-{self.dataset}{depth}{'-quick' * args.quick}.json"
 
     def runs(self, memory, n_slots=0, note="", depth=None, looks=1, flags=None, **parts):
         """The same Run with each seed. looks: how many checkpoints it has; parts: the Run's other fields."""
@@ -108,6 +109,7 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         different = {run.name: run for run in itertools.chain(*methods.values())}
         todo = [run for run in different.values() if not is_done(run, folder)]
+        todo.sort(key=lambda run: run.flags["seed"])  # with the next seed all is compiled already
         gpus = torch.cuda.device_count() if self.device == "cuda" else 1
         print(f"{self.name}: {len(different)} runs, {len(todo)} to do"
               + (f", about {max(1, round(self.estimate(todo) / 60 / gpus))} minutes" if todo else ""),

@@ -48,12 +48,12 @@ def awake(model):
 
 @pytest.mark.parametrize("experiment, runs", [
     (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
-    (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.recipe, 33)])
+    (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.recipe, 35)])
 def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
     experiments.main([experiment.__name__, *toy])
-    name = f"{experiment.__name__}-small-quick"
+    name = f"{experiment.__name__}-small{'-d2' * ('--depth' in toy)}-quick"
     report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert report["table"] and report["sentences"] and all(report["sentences"])
     for row in report["table"]:
@@ -270,13 +270,29 @@ def test_one_second_moment_a_row():
         assert np.allclose(p.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_one_second_moment_a_row_of_one_number_is_adamw():
+    """Where a row is one number, or all its numbers have the same gradient."""
+    p, q = (torch.nn.Parameter(torch.ones(4, 2, 1)) for _ in range(2))
+    wide = torch.nn.Parameter(torch.ones(4, 2, 3))
+    optimizer = experiments.RowAdamW([p, wide], lr=0.1)
+    adamw = torch.optim.AdamW([q], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
+    for _ in range(5):
+        p.grad = torch.randn(4, 2, 1) * (torch.rand(4, 2, 1) < 0.5)
+        q.grad, wide.grad = p.grad.clone(), p.grad.expand(4, 2, 3).clone()
+        optimizer.step()
+        adamw.step()
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(wide, q.expand(4, 2, 3))
+
+
 @pytest.mark.parametrize("memory", ["move", "lave", "none"])
 def test_varied_optimizers(memory):
     """Each parameter stays in one group of one optimizer; factors change the rates they are for."""
     model = small_model(memory)
     usual = make_optimizers(model)[1].param_groups
     banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
-    for options in (dict(bank=4, embedding=0.5, head=2), dict(routers="adamw"), dict(rows=True)):
+    for options in (dict(bank=4, embedding=0.5, head=2), dict(routers="adamw"),
+                    dict(rows=experiments.RowAdam), dict(rows=experiments.RowAdamW)):
         groups = [g for o in experiments.varied_optimizers(model, 1.0, **options) for g in o.param_groups]
         held = [p for g in groups for p in g["params"]]
         assert len(held) == len(set(held)) and set(held) == set(model.parameters())
