@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from move import GPT, GPTConfig, ValueBank, sample
+from move_store import StoredBank, borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
@@ -236,6 +237,123 @@ def draw_overhead(rows, path):
     print(f"wrote {path}")
 
 
+# ---------------------------------------------------------------------------------- a bank elsewhere
+
+
+class Home:
+    """A model whose bank is in the memory of the GPU, as a plain ValueBank, or of the host."""
+
+    def __init__(self, home, config, args, device):
+        from move_fast import accelerate, zero_grad  # needs Triton
+        torch.manual_seed(0)
+        dtype, cuda = torch.bfloat16 if device.type == "cuda" else torch.float32, device.type == "cuda"
+        bank = partial(StoredBank, home="host", device=device, dtype=dtype, compiled=cuda)
+        self.model = GPT(config, dtype, bank=bank if home == "host" else ValueBank)
+        for module in self.model.modules():
+            if isinstance(module, ValueBank):
+                module.to(dtype)
+        self.model.to(device)
+        self.zero_grad = zero_grad if cuda and accelerate(self.model) else nn.Module.zero_grad
+        self.optimizers = make_optimizers(self.model)
+        self.compiled = torch.compile(self.model, fullgraph=True) if cuda else self.model
+        self.seconds, self.losses = [], []
+
+    def bytes(self):
+        """Of the GPU's memory that the bank takes: rows or working set, gradients, moments, slots."""
+        stored = [t for bank in stored_banks(self.model).values() for t in bank.rows.near]
+        weights = [m.weight for m in self.model.modules() if isinstance(m, ValueBank)]
+        tensors = [*weights, *weights, *(stored or weights + weights)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def steps(self, batches):
+        """A step for each of `batches`, [(idx, targets), …] each, but the last → seconds a step."""
+        start = time.perf_counter()
+        for now, later in itertools.pairwise(batches):
+            borrow(self.model, [idx for idx, _ in now])
+            prefetch(self.model, [idx for idx, _ in later])
+            self.zero_grad(self.model)
+            for batch in now:
+                idx, targets = (t.to(self.model.head.weight.device, non_blocking=True) for t in batch)
+                loss = self.compiled(idx, targets) / len(now)
+                loss.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.losses.append(loss.item() * len(now))  # waits for the GPU
+        return (time.perf_counter() - start) / (len(batches) - 1)
+
+
+def link_speed(device, size=1 << 30):
+    """GB/s of rows from pinned host memory to the GPU, and back."""
+    memory = host_memory((size // 65536, 1, 16384), torch.float32, device)[1]
+    rows, here = torch.randperm(len(memory), device=device), torch.zeros_like(memory, device=device)
+    speeds = []
+    for to, source in ((here, memory), (memory, here)):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            copy_rows(to, None, source, rows)
+            torch.cuda.synchronize()
+        speeds.append(size / (time.perf_counter() - start) / 1e9)
+    return speeds
+
+
+def store(args):
+    """Whole training steps with the bank in host memory beside one in the memory of the GPU, in turn, round
+    after round, each step with ids of its own from a 1/rank law. Rows move with both moments, some to the
+    GPU and some back."""
+    for flag in ("tokens", "seq_len", "vocab_size", "rounds", "steps"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    torch.set_float32_matmul_precision("high")
+    rng, law = np.random.default_rng(0), 1 / np.arange(1, args.vocab_size + 1)
+    order, series = rng.permutation(args.vocab_size), []
+    for _ in range(args.steps + 1):
+        ids = order[rng.choice(args.vocab_size, args.tokens * MICRO_BATCHES + 1, p=law / law.sum())]
+        parts = [torch.from_numpy(ids[shift:len(ids) - 1 + shift]).view(MICRO_BATCHES, -1, args.seq_len)
+                 for shift in (0, 1)]
+        parts = [t.pin_memory() for t in parts] if device.type == "cuda" else parts
+        series.append(list(zip(*parts, strict=True)))
+    used = np.mean([len(ids_of([idx for idx, _ in batches])) for batches in series])
+    link = "".join(f", {speed:.0f} GB/s {way} the GPU" for speed, way in zip(
+        link_speed(device), ("to", "from"), strict=True)) if device.type == "cuda" else ""
+    print(f"{machine}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
+          f"{args.tokens * MICRO_BATCHES:,} tokens a step with {used:,.0f} different ids, {args.rounds} "
+          f"rounds of {args.steps} steps{link}\n| bank | parameters | home | ms a step | over the GPU | "
+          "rows moved in a step (GB) | bytes on the GPU, a parameter |\n" + "|---" * 7 + "|", flush=True)
+    for scale in args.scales:
+        homes = {}
+        config, _ = config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
+        for home in ("gpu", "host"):
+            try:
+                homes[home] = Home(home, config, args, device)
+                homes[home].steps(series[:3])  # compiles
+            except torch.OutOfMemoryError:
+                homes.pop(home, None)
+                gc.collect()
+                torch.cuda.empty_cache()
+        for _ in range(args.rounds):
+            for variant in homes.values():
+                variant.seconds.append(variant.steps(series))
+        parameters = args.vocab_size * config.n_slots * config.memory_dim
+        for home, variant in homes.items():
+            ratios, moved = "", ""
+            if home == "host":
+                rows = sum(bank.rows.moved for bank in stored_banks(variant.model).values())
+                rows /= args.rounds * args.steps + 2
+                moved = f"{rows:,.0f} ({3 * rows * parameters / args.vocab_size * 2 / 1e9:.2f})"
+                if "gpu" in homes:
+                    over = np.array(variant.seconds) / np.array(homes["gpu"].seconds) - 1
+                    ratios = f"{np.median(over):+.1%} ({over.min():+.1%} to {over.max():+.1%})"
+            ms = 1000 * np.median(variant.seconds)
+            print(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {home} | {ms:.1f} | "
+                  f"{ratios} | {moved} | {variant.bytes() / parameters:.2f} |", flush=True)
+        print(f"losses: { {home: [round(loss, 4) for loss in v.losses[-2:]] for home, v in homes.items()} }")
+        homes.clear()
+        gc.collect()
+
+
 # --------------------------------------------------------------------------------------- generation
 
 
@@ -373,6 +491,14 @@ def add_commands(commands):
     add("--data_dir", type=Path, default=Path("data"), help="where the data sets are")
     add("--rounds", type=int, default=10, help="measured steps of each variant")
     add("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
+    add = command(store, store)
+    add("--scales", type=float, nargs="+", default=[1, 4, 8], help="of the memory: ×scale")
+    add("--tokens", type=int, default=32768, help=f"of a micro-batch, of {MICRO_BATCHES} a step")
+    add("--seq_len", type=int, default=2048, help="tokens of a sequence")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--vocab_size", type=int, default=50304, help="of the random ids")
+    add("--steps", type=int, default=8, help="of a round")
+    add("--rounds", type=int, default=6, help="measured rounds of each variant")
     add = command(decode, decode)
     add("--variants", nargs="+", default=["standard", "move-x1", "move-x4", "lave-x1", "standard-mla",
                                           "move-x4-mla"], help="what is measured")

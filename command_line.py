@@ -20,14 +20,14 @@ from prepare_data import ArgumentParser, UserError
 from run_folder import first_line, newest_run, read_checkpoint
 
 EVERYWHERE = dict(data_dir="data", move_scale=1.0, memory="move", gate_value=None, attention="mha",
-                  kv_rank=None, lr_scale=1.0, seed=0, dtype=None, kernels=None, log_every=10, top_k=None,
-                  top_p=None)
+                  kv_rank=None, lr_scale=1.0, seed=0, dtype=None, kernels=None, bank_home="gpu", log_every=10,
+                  top_k=None, top_p=None)
 # What may change when a run goes on: it decides how a run is computed and shown, not what it computes.
 MACHINE_FLAGS = {"micro_batch", "compile", "kernels"}  # follow from the device
 OUTPUT_FLAGS = {"out_dir", "resume", "max_steps", "eval_every", "save_every", "log_every"}
 SAMPLING_FLAGS = {"prompt", "sample", "save_npz", "temperature", "top_k", "top_p", "max_new_tokens",
                   "num_samples", "cfg_scale"}
-FREE_FLAGS = {"device", "data_dir"} | MACHINE_FLAGS | OUTPUT_FLAGS | SAMPLING_FLAGS
+FREE_FLAGS = {"device", "data_dir", "bank_home"} | MACHINE_FLAGS | OUTPUT_FLAGS | SAMPLING_FLAGS
 LIMITS = dict(  # least and most
     depth=(1, 1000), kv_rank=(1, 10**6), seq_len=(2, 10**7), move_scale=(0, 10**4), batch_tokens=(1, 10**12),
     micro_batch=(1, 10**6), max_steps=(1, 10**9), lr_scale=(1e-30, 1e30), seed=(0, 2**63 - 1),
@@ -76,6 +76,8 @@ def training_parser(description, defaults, sizes=None):
     dtypes = ["bfloat16", "float32"]
     add(machine, "dtype", "of activations (default: bfloat16 where it is fast, else float32)", choices=dtypes)
     add(machine, "bank_dtype", "of the bank, its gradient and its optimizer's state", choices=dtypes)
+    add(machine, "bank_home", "where the rows of the bank and their moments are: in memory of the GPU, or "
+        "of the host; of several processes each has its share", choices=["gpu", "host"])
     add(machine, "micro_batch", "sequences in memory at once; fewer need less memory and change nothing else "
         f"but rounding (default: as many as fit, at most {cuda['micro_batch']})", type=int)
     add(machine, "kernels", "compute with move_fast.py's kernels (default: on CUDA with Triton)", action=both)
@@ -152,6 +154,8 @@ def resolve_flags(given, defaults, saved_flags=None):
         raise UserError(f"--dataset must be the name of a folder in {args.data_dir}, not {args.dataset!r}")
     if args.kv_rank is not None and args.attention != "mla":
         raise UserError("--kv_rank is for --attention mla")
+    if args.bank_home == "host" and device == "mps":
+        raise UserError("--bank_home host needs --device cuda or cpu")
     if args.dtype is None:
         args.dtype = "bfloat16" if fast_bfloat16(device) else "float32"
         if device == "cuda" and args.dtype == "float32":
@@ -257,14 +261,17 @@ class Machine:
 
     def first(self, work):
         """work() in the main process, while the others wait. If it fails, all processes end."""
+        return self.together(work if self.main else lambda: None)
+
+    def together(self, work):
+        """work() in each process. If one fails, all of them end."""
         result = failure = None
-        if self.main:
-            try:
-                result = work()
-            except (UserError, OSError) as error:
-                failure = error
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
         if self.sum([failure is not None])[0]:
-            raise failure or UserError("the main process failed; see its line")
+            raise failure or UserError("another process failed; see its line")
         return result
 
 

@@ -395,7 +395,7 @@ class Block(nn.Module):
     A block of LaVE reads a table of its own instead of the shared memory.
     """
 
-    def __init__(self, config, layer, generator=None):
+    def __init__(self, config, layer, generator=None, bank=ValueBank):
         super().__init__()
         c, n_slots = config, config.layer_slots()[layer]
         if c.attention == "mha":
@@ -407,7 +407,7 @@ class Block(nn.Module):
         self.mlp_down = Linear(4 * c.dim, c.dim, std=0)
         self.table = None
         if c.memory == "lave" and n_slots:
-            self.table = ValueBank(c.vocab_size, n_slots, c.memory_dim, generator=generator)
+            self.table = bank(c.vocab_size, n_slots, c.memory_dim, generator=generator)
 
     def forward(self, x, idx, rotary, memory, cache):
         if self.table is not None:
@@ -453,9 +453,10 @@ class GPT(nn.Module):
     dtype: of the activations, by default the parameters'; bfloat16 is the fast one on a GPU.
     positions (seq_len, axes): see rotary_embedding; by default 0, 1, 2, … on one axis. The state_dict
     holds their cos and sin. The same seed gives the same transformer whatever its memory is.
+    bank: what makes the banks, called as ValueBank is; see move_store.py.
     """
 
-    def __init__(self, config, dtype=None, positions=None):
+    def __init__(self, config, dtype=None, positions=None, bank=ValueBank):
         super().__init__()
         self.config, self.dtype = config, dtype
         V, d = config.vocab_size, config.dim
@@ -463,11 +464,11 @@ class GPT(nn.Module):
         if device.type != "meta":  # the memory has its own random numbers: nothing else depends on its size
             generator = torch.Generator(device).manual_seed(torch.initial_seed() ^ 1)
         self.embedding = nn.Embedding(V, d)  # starts as N(0, 1)
-        self.blocks = nn.ModuleList(Block(config, i, generator) for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i, generator, bank) for i in range(config.n_layers))
         self.head = Linear(d, V, std=0.001)
         self.bank = None
         if config.memory == "move":
-            self.bank = ValueBank(V, config.n_slots, config.memory_dim, generator=generator)
+            self.bank = bank(V, config.n_slots, config.memory_dim, generator=generator)
         if positions is None:
             positions = torch.arange(config.seq_len).unsqueeze(1)
         cos, sin = rotary_embedding(positions, config.rotary_dim)

@@ -717,6 +717,33 @@ def zero_grad(model):
             module.zero_grad_in_place()
 
 
+# --------------------------------------------------------------------------------- rows of a store
+
+COPIERS = 32  # programs that copy rows: enough for the bandwidth of a link, few enough for others to compute
+
+
+@triton.jit
+def copy_rows_kernel(to, to_rows, source, source_rows, n, width, BLOCK: tl.constexpr):
+    for i in range(tl.program_id(0), n, tl.num_programs(0)):
+        to_row = tl.load(to_rows + i).to(tl.int64)
+        source_row = tl.load(source_rows + i).to(tl.int64)
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(source + source_row * width + at, mask=at < width)
+            tl.store(to + to_row * width + at, values, mask=at < width)
+
+
+def copy_rows(to, to_rows, source, source_rows):
+    """to[to_rows] = source[source_rows] for (n, M, d) tensors, of which one may be pinned host memory: the
+    bytes cross the link once. Rows: int64 (n,), or None for all in order."""
+    n = len(source if source_rows is None else source_rows)
+    if n:
+        to_rows, source_rows = (torch.arange(n, device=to.device) if r is None else r
+                                for r in (to_rows, source_rows))
+        to, source = (t.flatten(1).view(torch.int32) for t in (to, source))
+        copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)
+
+
 # ----------------------------------------------------------------------------- the loss, generation
 
 CHUNK = 8192  # tokens of a step of the loss

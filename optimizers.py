@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from move import Linear, memory_parameter_groups
+from move_store import StoredAdamW, stored_banks
 
 
 def orthogonalize(g, steps=5):
@@ -68,7 +69,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr_scale=1.0):
-    """[Muon, AdamW] for a GPT; each of its parameters is in one group of one of them.
+    """[Muon, AdamW] for a GPT, and StoredAdamW if its banks are stored elsewhere (move_store.py); each of its
+    parameters is in one group of one of them.
 
     Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head, the banks
     and whatever else there is. The rates are nanochat's, those of AdamW times (d / 768)^-½, but the banks':
@@ -82,6 +84,9 @@ def make_optimizers(model, lr_scale=1.0):
         group["params"] = [p for p in group["params"] if p not in taken]
         taken.update(group["params"])
     memory = [group for group in memory if group["params"]]
+    working_sets = {bank.working_set.weight for bank in stored_banks(model).values()}
+    stored = [group for group in memory if working_sets.issuperset(group["params"])]
+    memory = [group for group in memory if not working_sets.issuperset(group["params"])]
     rest = [p for p in model.parameters() if p not in taken]  # of parts that move.py has not
     k = lr_scale * (model.config.dim / 768) ** -0.5
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
@@ -89,6 +94,8 @@ def make_optimizers(model, lr_scale=1.0):
     optimizers = [
         Muon(matrices, lr=0.02 * lr_scale),
         torch.optim.AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]
+    if stored:
+        optimizers.append(StoredAdamW(model, stored))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -111,7 +118,11 @@ def bank_use(model, adamw):
 
     rows_used: share of the rows (a slot of a token) that have had a gradient, which are those with a
     second moment other than 0: it fades, but to the smallest number there is. row_norm: mean norm of a row.
+    Of a stored bank rows_used alone: the share of this process's ids that were in a batch.
     """
+    if stored := stored_banks(model):
+        lasts = [bank.rows.last for bank in stored.values()]
+        return dict(rows_used=sum(last.count_nonzero().item() for last in lasts) / sum(map(len, lasts)))
     rows = used = norms = 0
     for bank in (p for group in memory_parameter_groups(model)[:-1] for p in group["params"]):
         moment = adamw.state.get(bank, {}).get("exp_avg_sq")

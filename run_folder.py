@@ -3,6 +3,7 @@
     lock              empty; held while a process trains here
     log.jsonl         a JSON object a line, each with its step
     checkpoint.pt     all that the run needs to go on, and to be sampled from: see `save_checkpoint`
+    bank-<step>-<process>.pt    the rows of a stored bank (move_store.py) that belong to that checkpoint
     curves.png        the log as a figure
     tokenizer.tiktoken, codebook.npy or decoder.pt    a copy of what turns the tokens back
 
@@ -10,6 +11,8 @@ A checkpoint is the zip file of torch.save, which holds a CRC-32 of each tensor:
 """
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,7 +27,15 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-from move import GPT, GPTConfig
+from move import GPT, GPTConfig, ValueBank
+from move_store import (
+    StoredBank,
+    content_to_save,
+    load_plain,
+    load_stored,
+    processes,
+    stored_banks,
+)
 from optimizers import Muon
 from prepare_data import UserError, check_form, check_meta, decoder_files, identity, make_folder, write_file
 
@@ -103,26 +114,58 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 3
+FORMAT = 4
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
-            data=dict, meta=dict, model=dict, optimizers=list)
+            data=dict, meta=dict, model=dict, optimizers=list, bank=list)
 
 
-def save_checkpoint(folder, model, optimizers, **rest):
+def save_checkpoint(folder, model, optimizers, bank, **rest):
     """Writes checkpoint.pt, whole or not at all. UserError if it cannot be written; the old one is kept.
 
+    bank: the checksums of the files that save_rows has written, in the order of the processes; [] if there
+    is no stored bank. It is written last, and names them: so all files together are whole, or the old ones.
     rest: step; losses of the steps since the last line of the log; flags of the run; identity of the data
     set as `data`; its `meta`. Of the optimizers only their state is kept: rates follow from flags and step.
     """
-    path = folder / "checkpoint.pt"
-    state = dict(format=FORMAT, config=dataclasses.asdict(model.config), model=model.state_dict(),
+    apart = stored_banks(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items()
+               if not any(name.startswith(f"{bank}.") for bank in apart)}
+    state = dict(format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, bank=bank,
                  optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], **rest)
+    write_checkpoint(folder / "checkpoint.pt", state, folder)
+    for path in folder.glob("bank-*.pt"):
+        if path.name not in map(rows_name, itertools.repeat(rest["step"]), range(len(bank))):
+            path.unlink()
+
+
+def write_checkpoint(path, state, folder):
+    """UserError if it cannot be written."""
     try:
         write_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
-        kept = "the one before is kept" if path.exists() else "there is none yet"
+        kept = "the one before is kept" if (folder / "checkpoint.pt").exists() else "there is none yet"
         raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; "
                         "make room and --resume") from None
+
+
+def rows_name(step, process):
+    return f"bank-{step}-{process}.pt"
+
+
+def save_rows(folder, model, step):
+    """Writes this process's file of the rows of stored banks → its checksum; 0 without such banks."""
+    if not stored_banks(model):
+        return 0
+    path = folder / rows_name(step, processes()[0])
+    write_checkpoint(path, content_to_save(model), folder)
+    return checksum(path)
+
+
+def checksum(path):
+    """48 bits, of the checksums that the zip file of torch.save has of its parts."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
 
 
 def first_line(error):
@@ -156,7 +199,9 @@ def read_checkpoint(folder, mmap=True):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_form(state, FORM, "")
         require(all(type(loss) is float for loss in state["losses"]), "losses are no numbers")
-        check_config(state["config"], state["model"])
+        require(all(type(flag) is str for flag in state["flags"]), "flags have no names")
+        require(all(type(number) is int for number in state["bank"]), "bank has no checksums")
+        check_config(state["config"], state["model"], bool(state["bank"]))
         meta, config = check_meta(state["meta"]), state["config"]
         fits = identity(meta) == state["data"] and 0 <= config["vocab_size"] - meta["vocab_size"] < 64 and (
             meta["kind"] == "text" or config["seq_len"] == math.prod(meta["grid"]))
@@ -164,13 +209,16 @@ def read_checkpoint(folder, mmap=True):
     return state
 
 
-def check_config(values, tensors):
-    """ValueError unless these are the fields of a GPTConfig, and these the names and shapes of its GPT."""
+def check_config(values, tensors, stored):
+    """ValueError unless these are the fields of a GPTConfig, and these the names and shapes of its GPT; its
+    banks are not among them if they are `stored` in files of their own."""
     fields = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
     require(values.keys() == fields.keys() and all(isinstance(values[name], fields[name]) for name in fields)
             and values["n_layers"] <= len(tensors), "config has other fields")
     with torch.device("meta"):
-        expected = GPT(GPTConfig(**values)).state_dict()
+        model = GPT(GPTConfig(**values))
+    apart = {f"{name}.weight" for name in banks_of(model)} if stored else ()
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in apart}
     other = sorted(expected.keys() ^ tensors.keys())
     require(not other, f"model has other tensors: {other}")
     for name, tensor in tensors.items():
@@ -178,22 +226,104 @@ def check_config(values, tensors):
 
 
 def restore(folder, model, optimizers=()):
-    """Fills model and optimizers from the run's checkpoint → (step, losses).
+    """Fills model and optimizers from the run's checkpoint → (step, losses). The banks may live
+    elsewhere than they did, and be dealt out to another number of processes.
 
     UserError if any bit of it has changed, or if it has not exactly the tensors of this model.
     """
     path = folder / "checkpoint.pt"
     state = read_checkpoint(folder, mmap=False)
+    step, states = state["step"], state["optimizers"]
     with damage_named(path):
-        with zipfile.ZipFile(path) as archive:
-            require(not (name := archive.testzip()), f"{name} has another checksum")
+        check_archive(path)
         for name, tensor in model.state_dict().items():
-            check_tensor(state["model"][name], tensor, f"model.{name}")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=bool(optimizers)):
-            check_optimizer(optimizer, saved, state["step"])
+            if name in state["model"]:
+                check_tensor(state["model"][name], tensor, f"model.{name}")
+        names = banks_of(model)
+        rows = read_rows(folder, state, names)
+        stored, in_state = stored_banks(model), not state["bank"]
+        require(len(states) == 2 + bool(state["bank"]), "it has other optimizers")
+        adamw = dict(states[1])
+        if in_state and stored:  # AdamW has the banks last
+            for i in range(len(adamw) - len(names), len(adamw)) if step else ():
+                del adamw[i]
+        for name in names:
+            if name in stored:
+                load_stored(stored[name], rows[name], step)
+            elif not in_state:
+                weight = model.get_submodule(name).weight
+                moments = [torch.zeros(weight.shape, dtype=weight.dtype) for _ in optimizers]
+                load_plain(weight.data, rows[name], step, moments=moments)
+                if optimizers and step:
+                    adamw[len(adamw)] = dict(zip(("step", "exp_avg", "exp_avg_sq"),
+                                                 (torch.tensor(float(step)), *moments), strict=True))
+        own = {name: tensor for name, tensor in state["model"].items()
+               if not any(name == f"{bank}.weight" for bank in stored)}
+        missing, other = model.load_state_dict(own, strict=False)
+        require(not other, f"it has other tensors: {other}")
+        for optimizer, saved in zip(optimizers, (states[0], adamw), strict=False):
+            check_optimizer(optimizer, saved, step)
             optimizer.load_state_dict(dict(state=saved, param_groups=optimizer.state_dict()["param_groups"]))
-    return state["step"], state["losses"]
+    return step, state["losses"]
+
+
+def check_archive(path):
+    with zipfile.ZipFile(path) as archive:
+        require(not (name := archive.testzip()), f"{name} has another checksum")
+
+
+def banks_of(model):
+    """Names of the banks of a GPT, in the order in which AdamW has them: by their number of slots."""
+    banks = {name: module for name, module in model.named_modules()
+             if isinstance(module, (ValueBank, StoredBank)) and not name.endswith("working_set")}
+    return sorted(banks, key=lambda name: bank_shape(banks[name])[1])
+
+
+def bank_shape(bank):
+    """(V, M, d)"""
+    return (bank.vocab_size, *bank.working_set.weight.shape[1:]) if isinstance(bank, StoredBank) \
+        else tuple(bank.weight.shape)
+
+
+def read_rows(folder, state, names):
+    """The rows of the banks of a checkpoint: {name: [(dict of p, m, v, last and c, first id, stride)]}."""
+    files, step = {name: [] for name in names}, state["step"]
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**state["config"]))
+    shapes = {name: model.get_submodule(name).weight.shape for name in names}
+    if not state["bank"]:  # they are in checkpoint.pt; AdamW has them last
+        adamw = state["optimizers"][1]
+        for i, name in enumerate(names):
+            p = state["model"][f"{name}.weight"]
+            moments = adamw.get(len(adamw) - len(names) + i, {}) if step else {}
+            m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
+            last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
+            files[name].append((dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1))
+        return files
+    for process, number in enumerate(state["bank"]):
+        path = folder / rows_name(step, process)
+        require(path.exists(), f"its file {path.name} is missing")
+        with damage_named(path):
+            require(checksum(path) == number, "it belongs to another checkpoint")
+            check_archive(path)
+            n, content = len(state["bank"]), torch.load(path, "cpu", weights_only=True, mmap=True)
+            require(content.keys() == set(names), "it has other banks")
+            for name in names:
+                check_rows(content[name], len(range(process, shapes[name][0], n)), *shapes[name][1:], step)
+                files[name].append((content[name], process, n))
+    return files
+
+
+def check_rows(state, n, n_slots, dim, step):
+    """ValueError unless this is the state of n rows (M, d), of which the numbers are looked at later."""
+    require(state.keys() == {"p", "m", "v", "last", "c"} and all(map(torch.is_tensor, state.values())),
+            "it has other entries")
+    require(all(state[key].shape == (n, n_slots, dim) and state[key].dtype == state["p"].dtype
+                and state[key].is_floating_point() for key in "pmv"), "its rows have another shape")
+    last, c = state["last"], state["c"]
+    require(last.shape == (n,) and last.dtype == torch.int64 and ((0 <= last) & (last <= step)).all(),
+            "its rows have done other steps")
+    require(c.shape == (step + 1,) and c.dtype == torch.float64 and c.isfinite().all(), "its rates are wrong")
 
 
 def check_tensor(tensor, expected, name):

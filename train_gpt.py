@@ -13,6 +13,7 @@ what is special to text. Flags are in command_line.py, what a run leaves on disk
 """
 import codecs
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -37,6 +38,7 @@ from command_line import (
     training_parser,
 )
 from move import GPT, GPTConfig, ValueBank, ValueMixer
+from move_store import StoredBank, borrow, empty_bank, prefetch, rows_are_finite, stored_banks
 from optimizers import bank_use, make_optimizers, schedule, set_learning_rates
 from prepare_data import (
     UserError,
@@ -54,6 +56,7 @@ from run_folder import (
     only_run,
     restore,
     save_checkpoint,
+    save_rows,
     update_curves,
 )
 
@@ -163,7 +166,8 @@ def choose_micro_batch(args, config, most, free=None):
     """The largest divisor up to `most` of the sequences that a process has in a step; on a GPU one that fits.
 
     free: bytes of free GPU memory, of which 90 % may be filled. The estimate: 16 bytes a parameter (itself,
-    its gradient, two moments; 8 in a bfloat16 bank); 30 activations for each token, layer and unit of width,
+    its gradient, two moments; 8 in a bfloat16 bank; of a bank in host memory 1.5 times that for the rows of
+    a step, a different one for every fourth token); 30 activations for each token, layer and unit of width,
     of 2 bytes in bfloat16; of logits the kernels hold 8,192 tokens' at once, 8 bytes each, and the reference
     all, 16 bytes each.
     """
@@ -173,7 +177,10 @@ def choose_micro_batch(args, config, most, free=None):
         return divisors[0]
     with torch.device("meta"):
         counts = GPT(config).parameter_counts()
-    parameters = 16 * counts["total"] - 8 * (args.bank_dtype == "bfloat16") * counts["memory"]
+    bank = (8 if args.bank_dtype == "bfloat16" else 16) * counts["memory"] / get_world_size()
+    if args.bank_home == "host":
+        bank *= min(1, 1.5 * args.batch_tokens / 4 / config.vocab_size)
+    parameters = 16 * (counts["total"] - counts["memory"]) + bank
     token = 30 * config.n_layers * config.dim * (2 if args.dtype == "bfloat16" else 4)
 
     def needed(n):
@@ -198,13 +205,19 @@ def make_config(args, data, **shape):
         raise UserError(error) from None
 
 
-def build(config, args, device, positions=None, change=None):
-    """A GPT of this config on a device, by the flags dtype, bank_dtype and kernels. change: a function that
-    is called with the model first, to alter its parts."""
+def build(config, args, device, positions=None, change=None, bank=None):
+    """A GPT of this config on a device, by the flags dtype, bank_dtype, bank_home and kernels. change: a
+    function that is called with the model first, to alter its parts. bank: what makes the banks."""
+    if bank is None:
+        elsewhere = args.bank_home == "host" or get_world_size() > 1
+        bank = functools.partial(StoredBank, home=args.bank_home, device=device, compiled=args.compile,
+                                 dtype=getattr(torch, args.bank_dtype)) if elsewhere else ValueBank
     try:
-        model = GPT(config, getattr(torch, args.dtype), positions)
+        model = GPT(config, getattr(torch, args.dtype), positions, bank)
     except ValueError as error:  # of the rotary embedding
         raise UserError(error) from None
+    except MemoryError as error:  # says more than that memory ran out
+        raise UserError(f"--bank_home {args.bank_home}: {error}; lower --move_scale") from None
     for module in model.modules():
         if isinstance(module, ValueBank):
             module.to(getattr(torch, args.bank_dtype))
@@ -234,16 +247,21 @@ def start_model(args, machine, data, saved, most, positions=None, change=None, *
 
 def describe(model, args, machine):
     """Prints what is trained, and where."""
-    sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in model.parameter_counts().items())
+    with torch.device("meta"):  # whatever the model holds of a bank that is elsewhere
+        counts = GPT(model.config).parameter_counts()
+    sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items())
     how = "kernels" if args.kernels else "reference"
     memory = "" if model.config.memory == "none" else f", memory in {args.bank_dtype}"
+    memory += f" in the memory of the {args.bank_home}" * bool(stored_banks(model))
     print(f"{model.config}\nparameters: {sizes}\n{args.out_dir} on {machine.world_size} × {args.device}, "
           f"{args.dtype}{memory}, {how}, micro-batches of {args.micro_batch}", flush=True)
 
 
 def load_model(saved, folder, args, device):
     """The trained GPT of a run's folder, whose checkpoint is `saved`, for sampling."""
-    model = build(GPTConfig(**saved["config"]), args, device)  # positions are in the checkpoint
+    bank = functools.partial(empty_bank, home=args.bank_home, device=device,
+                             dtype=getattr(torch, args.bank_dtype))
+    model = build(GPTConfig(**saved["config"]), args, device, bank=bank)  # positions are in the checkpoint
     restore(folder, model)
     return model.eval()
 
@@ -294,8 +312,12 @@ def evaluate(model, records, count, count_units, args, machine):
     nats = units = 0
     mine = np.arange(machine.rank, count, machine.world_size)
     with watch_gates(model) as gates:
-        for start in range(0, len(mine), args.micro_batch):
-            idx, targets = records[mine[start:start + args.micro_batch]]
+        for start in range(0, -(-count // machine.world_size), args.micro_batch):  # as often in each process
+            indices = mine[start:start + args.micro_batch]
+            idx, targets = records[indices] if len(indices) else (None, None)
+            borrow(model, [] if idx is None else [idx])
+            if idx is None:
+                continue
             loss = model(idx.to(machine.device), targets.to(machine.device))
             nats += loss.item() * targets.numel()
             units += count_units(targets)
@@ -306,6 +328,15 @@ def evaluate(model, records, count, count_units, args, machine):
 
 
 # ------------------------------------------------------------------------------------ the training loop
+
+
+def can_sample(model):
+    """Whether this process has the whole model. If the bank is dealt out, one line says how to sample."""
+    whole = get_world_size() == 1 or not stored_banks(model)
+    if not whole:
+        print("no samples, since each process has a part of the bank; see --help for how to sample from a "
+              "checkpoint", flush=True)
+    return whole
 
 
 @contextlib.contextmanager
@@ -352,8 +383,10 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
                 training.evaluate()
             if done or stopping or (new and step % args.save_every == 0):
                 training.save()
-                if after_save and machine.main and not stopping:
+                if after_save and machine.main and not stopping and can_sample(model):
+                    model.eval()
                     after_save(step)
+                    model.train()
                 training.restart_clock()
             if done or stopping:
                 break
@@ -371,6 +404,7 @@ class Training:
         (self.train_set, self.val_set), self.order = sets, order
         self.unit, self.count_units = unit, count_units
         self.optimizers = optimizers_of(model, args.lr_scale)
+        self.next = None  # the micro-batches of the next step, if they are loaded
         self.first, self.losses = 0, []  # the first step here; losses of the steps since the last report
         if saved is not None:
             self.first, self.losses = restore(args.out_dir, model, self.optimizers)
@@ -382,7 +416,6 @@ class Training:
             self.log = Log(args.out_dir / "log.jsonl", None if saved is None else self.first)
             copy_decoder(data, args.out_dir)
         self.fast_model = torch.compile(model, fullgraph=True) if args.compile else model
-        self.zero_grad()
         self.restart_clock()
 
     def restart_clock(self):
@@ -403,26 +436,39 @@ class Training:
         if self.step == self.first + 1:  # the first step compiles: it does not count
             self.synchronize_losses()
             self.restart_clock()
-        mine = self.order(self.step).reshape(-1, machine.world_size, args.micro_batch)[:, machine.rank]
-        self.losses.append(self.backward(mine))
+        batches = self.load()
+        self.zero_grad()
+        self.losses.append(self.backward(batches))
         if machine.world_size > 1:
             sum_gradients(self.model)
         set_learning_rates(self.optimizers, schedule(self.step, args.max_steps))
         for optimizer in self.optimizers:
             optimizer.step()
-        self.zero_grad()
         self.step += 1
 
-    def backward(self, micro_batches):
-        """Adds up the gradient over micro-batches of indices (n, micro_batch); returns this process's mean
-        loss, on the device: nothing here waits for the GPU, so that it always has work."""
+    def load(self):
+        """This process's micro-batches of this step. Stored banks get to know their ids, and those of the
+        next step, which can be brought while this one computes."""
+        def batches(step):
+            indices = self.order(step).reshape(-1, self.machine.world_size, self.args.micro_batch)
+            return [self.train_set[part] for part in indices[:, self.machine.rank]]
+
+        now, self.next = self.next or batches(self.step), None
+        borrow(self.model, [idx for idx, _ in now])
+        if stored_banks(self.model) and self.step + 1 < self.args.max_steps:
+            self.next = batches(self.step + 1)
+            prefetch(self.model, [idx for idx, _ in self.next])
+        return now
+
+    def backward(self, batches):
+        """Adds up the gradient over micro-batches; returns this process's mean loss, on the device: nothing
+        here waits for the GPU, so that it always has work."""
         total, device = 0, self.machine.device
-        for indices in micro_batches:
-            batch = self.train_set[indices]
+        for batch in batches:
             if device.type == "cuda":
                 batch = [t.pin_memory() for t in batch]
             idx, targets = (t.to(device, non_blocking=True) for t in batch)
-            loss = self.fast_model(idx, targets) / len(micro_batches)
+            loss = self.fast_model(idx, targets) / len(batches)
             (loss / self.machine.world_size).backward()
             total += loss.detach()
         return total
@@ -482,22 +528,29 @@ class Training:
     def save(self):
         """Writes a checkpoint, which holds finite numbers only."""
         self.synchronize_losses()
-        self.require_finite("a weight", all(p.isfinite().all() for p in self.model.parameters()))
+        finite = all(p.isfinite().all() for p in self.model.parameters()) and rows_are_finite(self.model)
+        self.require_finite("a weight", not self.machine.sum([not finite])[0])
         not_saved = {"out_dir", "resume", "prompt", "sample", "save_npz"}
         flags = {flag: value for flag, value in vars(self.args).items() if flag not in not_saved}
+        sums = self.machine.together(lambda: save_rows(self.args.out_dir, self.model, self.step))
+        others = [0.0] * self.machine.world_size
+        others[self.machine.rank] = float(sums)
+        files = self.machine.sum(others) if stored_banks(self.model) else []
         self.machine.first(lambda: save_checkpoint(
             self.args.out_dir, self.model, self.optimizers, step=self.step, losses=self.losses, flags=flags,
-            data=self.data.identity(), meta=self.data.meta))
+            data=self.data.identity(), meta=self.data.meta, bank=[int(checksum) for checksum in files]))
 
 
 def sum_gradients(model, large=1 << 22):
     """Adds up the gradients of all processes, in place: those of `large` numbers or more one by one, the
-    others packed together, since a call has a cost of its own."""
-    packs = {}
+    others packed together, since a call has a cost of its own. Stored banks exchange theirs themselves."""
+    packs, apart = {}, {bank.working_set.weight for bank in stored_banks(model).values()}
     for p in model.parameters():
-        if p.grad is not None and p.grad.numel() >= large:
+        if p.grad is None or p in apart:
+            continue
+        if p.grad.numel() >= large:
             dist.all_reduce(p.grad)
-        elif p.grad is not None:
+        else:
             packs.setdefault(p.grad.dtype, []).append(p.grad)
     for gradients in packs.values():
         pack = torch.cat([g.flatten() for g in gradients])
@@ -565,7 +618,8 @@ def main(argv=None):
             check_batch(args)
             machine = set_up_machine(args)
             model, encoding = train_text(args, machine, saved)
-            if machine.main:
+            if machine.main and can_sample(model):
+                model.eval()
                 print("\na sample:\n")
                 print_samples(model, encoding, "", args, machine.device)
 

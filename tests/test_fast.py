@@ -638,6 +638,26 @@ def test_a_comment_or_another_layout_is_no_edit(tmp_path):
         assert not edits_seen(edited_module(tmp_path, old, new))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [0, 1, 70])
+def test_copied_rows(dtype, n):
+    """Beside indexing; rows of another row count and of a width that is no multiple of a block."""
+    a, b = (torch.randn(100, 3, 50, device=DEVICE).to(dtype) for _ in range(2))
+    to, source = (torch.randperm(100, device=DEVICE)[:n] for _ in range(2))
+    expected = b.clone()
+    expected[to] = a[source]
+    move_fast.copy_rows(b, to, a, source)
+    assert torch.equal(b, expected)
+    part = torch.empty(n, 3, 50, dtype=dtype, device=DEVICE)
+    move_fast.copy_rows(part, None, a, source)
+    assert torch.equal(part, a[source])
+    wide = torch.randn(5, 9, 1000, device=DEVICE).to(dtype)
+    other = torch.zeros_like(wide)
+    move_fast.copy_rows(other, None, wide, None)
+    assert torch.equal(wide, other)
+
+
+
 def test_numbers_that_differ_leave_the_reference(monkeypatch):
     """Whatever the way in which a mixer was changed, both mixes are compared."""
     model = random_model(small_config())

@@ -221,9 +221,9 @@ def test_two_processes_train_as_one(finished, data_dir, tmp_path):
     output, error = process.communicate(timeout=150)
     assert process.returncode == 0, error
     assert output.count("step 24/24  loss") == 1  # one process speaks and writes
-    for key in ("loss", "val_bits_per_byte", "g_0", "g_i"):
+    for key, tolerance in dict(loss=1e-3, val_bits_per_byte=1e-3, g_0=1e-2, g_i=1e-2).items():
         a, b = log_of(finished, key), log_of(tmp_path / "run", key)
-        assert list(a) == list(b) and np.allclose(list(a.values()), list(b.values()), rtol=1e-3)
+        assert list(a) == list(b) and np.allclose(list(a.values()), list(b.values()), rtol=tolerance)
     train_gpt.main(["--resume", "--out_dir", str(tmp_path / "run"), "--max_steps", "26"])  # by one process
 
 
@@ -484,6 +484,11 @@ def test_the_default_micro_batch_fits_the_memory():
     assert train_gpt.choose_micro_batch(args, config, 16, 30 * GiB) == 16
     args.kernels = False  # all logits at once
     assert train_gpt.choose_micro_batch(args, config, 16, 30 * GiB) == 8
+    many = dataclasses.replace(config, vocab_size=262144, n_slots=24)
+    few = train_gpt.choose_micro_batch(args, many, 16, 60 * GiB)
+    args.bank_home = "host"
+    assert few < train_gpt.choose_micro_batch(args, many, 16, 60 * GiB)
+    args.bank_home = "gpu"
     args.batch_tokens = 12 * 2048
     assert train_gpt.choose_micro_batch(args, config, 16) == 12  # not on a GPU
 

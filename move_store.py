@@ -1,0 +1,567 @@
+"""A bank larger than a GPU: its rows live in host memory, or are dealt out over many processes.
+
+    model = GPT(config, bank=partial(StoredBank, home="host"))
+    optimizer = StoredAdamW(model, groups)          for the banks; another one takes the rest
+    for idx, targets in batches:
+        borrow(model, [idx])                        the rows of the batch
+        model(idx, targets).backward()
+        optimizer.step()                            gives them back, one step further
+
+The idea is the working set. A step needs the rows of the ids of its batch, and these are known before it
+starts. `StoredBank` copies them into a small `ValueBank`, on which the model trains as on any other, so its
+kernels, torch.compile and micro-batches stay as they are. No other row is read or written, and there is no
+gradient of any other.
+
+But AdamW moves every row at each step, also those without a gradient, since their moments fade slowly. For a
+row that is not read, that can wait. If its last update was step r, after step t it has moved by
+
+    - Σ_{s=r+1..t} lr_s · m_s / √v_s      m_s = β1^{s-r} m · 1/(1 - β1^s)    v_s = β2^{s-r} v · 1/(1 - β2^s)
+
+    = - c_r · m / √v      c_r = Σ_s lr_s · √(1 - β2^s)/(1 - β1^s) · ρ^{s-r}      ρ = β1/√β2
+
+and c_r is the same for all rows. So a row is brought up to date when it is read, with one number from a
+table: the result is that of AdamW on the whole bank, to rounding. (But for eps, which is to be small: it is
+added to √v.)
+
+Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is here all that an id has,
+(M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
+"""
+import contextlib
+import weakref
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from move import ValueBank
+
+CHUNK = 1 << 26  # numbers that are updated at a time
+FADED = 256  # steps after which a moment moves nothing: ρ^256 is 1e-22 for betas (0.8, 0.95)
+
+
+def processes():
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def to_device(array, device):
+    """A NumPy array as a tensor; on CUDA without waiting for the GPU."""
+    tensor = torch.from_numpy(np.require(array, requirements="CW"))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# --------------------------------------------------------------------------------- AdamW, put off
+
+
+def wide(tensor):
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def current(tensors, slots, last, c, eps):
+    """Rows (n, M, d), in float32 at least, as they are now. tensors: p and AdamW's moments m and v, of which
+    these are the `slots` (n,); last (n,): the step of their last update; c: the table."""
+    p, m, v = (wide(tensor[slots]) for tensor in tensors)
+    return p - c[last].to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
+
+
+def update(tensors, slots, last, c, g, t, lr, betas, eps):
+    """AdamW's step t with the gradient g (n, M, d), of rows that may have missed some before; in place. c: as
+    after step t - 1. t and lr: tensors (), so that nothing is compiled anew."""
+    (beta1, beta2), g = betas, wide(g)
+    p = current(tensors, slots, last, c, eps)
+    m, v = (wide(tensor[slots]) for tensor in tensors[1:])
+    steps = (t - last).to(p.dtype).view(-1, 1, 1)
+    m = m * beta1 ** steps + (1 - beta1) * g
+    v = v * beta2 ** steps + (1 - beta2) * g * g
+    p = p - lr / (1 - beta1 ** t) * m / ((v / (1 - beta2 ** t)).sqrt() + eps)
+    for tensor, new in zip(tensors, (p, m, v), strict=True):
+        tensor[slots] = new.to(tensor.dtype)
+
+
+class Steps:
+    """What all rows of a bank have in common: the number of steps t, and the table c with an entry for each
+    step that can have been a row's last, 0 to t."""
+
+    def __init__(self, betas, eps, device):
+        self.betas, self.eps, self.t = betas, eps, 0
+        self.c = torch.zeros(1024, dtype=torch.float64, device=device)  # grows
+        self.powers = (betas[0] * betas[1] ** -0.5) ** torch.arange(FADED, 0, -1, device=device).double()
+
+    def count(self, lr):
+        """One step more: all rows fall back by it, but those that it updates."""
+        beta1, beta2 = self.betas
+        self.t += 1
+        if self.t == len(self.c):
+            self.c = torch.cat((self.c, torch.zeros_like(self.c)))
+        n, step = min(self.t, FADED), lr * (1 - beta2 ** self.t) ** 0.5 / (1 - beta1 ** self.t)
+        self.c[self.t - n:self.t] += step * self.powers[-n:]
+
+
+# ------------------------------------------------------------------------------ where the rows live
+
+
+class DeviceRows:
+    """Rows in the memory of a device: p and AdamW's moments m and v, (n, M, d) each, in `home`; `last` (n,),
+    the step of each row's last update."""
+
+    def __init__(self, n, n_slots, dim, dtype, device):
+        self.home = tuple(torch.zeros(n, n_slots, dim, dtype=dtype, device=device) for _ in range(3))
+        self.near = self.to_save = self.home  # those that `hold` gives slots of, those to be saved
+        self.last = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def hold(self, rows):
+        """Sorted, unique indices of rows, a NumPy array → their slots in self.near. They stay there until
+        the next call."""
+        return to_device(rows, self.last.device)
+
+    def prefetch(self, rows):
+        """Says which rows the next call of `hold` will name."""
+
+    def flush(self):
+        """Now self.home holds the latest state of each row."""
+
+    def put(self, rows, values, last):
+        """Sets rows and their moments."""
+        for tensor, value in zip(self.home, values, strict=True):
+            tensor[rows] = value.to(tensor.device)
+        self.last[rows] = last.to(self.last.device)
+
+
+class HostRows(DeviceRows):
+    """Rows in host memory. The device holds copies of those in use, in slots, and keeps them while there is
+    room: ids that come in every batch never leave it. `moved` counts the rows that came and went.
+
+    On CUDA the host memory is pinned and has an address for the GPU. A second stream brings the rows of the
+    next step while this one computes, and takes away those that make room.
+    """
+
+    def __init__(self, n, n_slots, dim, dtype, device):
+        self.device = device
+        memory = [host_memory((n, n_slots, dim), dtype, device) for _ in range(3)]
+        self.to_save, self.home = zip(*memory, strict=True)
+        self.last = torch.zeros(n, dtype=torch.int64, device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.slot_of = np.full(n, -1)
+        self.clock = self.moved = 0
+        self.make_slots(0)
+
+    def make_slots(self, n):
+        self.near = None  # frees them before there are new ones
+        self.near = tuple(t.new_empty(n, *t.shape[1:]) for t in self.home)
+        self.slot_of[:] = -1
+        self.row_in, self.used, self.staged = np.full(n, -1), np.zeros(n, dtype=np.int64), None
+
+    def on_stream(self):
+        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+
+    def wait(self, first, then):
+        """The work that is put into the second stream from now on starts after that in the first."""
+        if self.stream:
+            streams = dict(stream=self.stream, main=torch.cuda.current_stream(self.device))
+            streams[then].wait_stream(streams[first])
+
+    def hold(self, rows):
+        if len(rows) > len(self.row_in):
+            self.flush()
+            self.wait("stream", "main")
+            self.make_slots(min(len(self.slot_of), len(rows) + len(rows) // 4 + 64))
+        self.clock += 1
+        slots = self.slot_of[rows]
+        self.used[slots[slots >= 0]] = self.clock
+        new = rows[slots < 0]
+        free = np.flatnonzero(self.row_in < 0)
+        if len(free) < len(new):
+            old = np.flatnonzero(self.used < self.clock)
+            old = old[self.row_in[old] >= 0]
+            old = old[np.argsort(self.used[old], kind="stable")][:len(new) - len(free)]
+            self.take_away(old)
+            free = np.concatenate((free, old))
+        if len(new):
+            self.bring(new, free[:len(new)])
+        return to_device(self.slot_of[rows], self.device)
+
+    def take_away(self, slots):
+        """Writes the rows of these slots to host memory; the slots are free."""
+        rows, index = self.row_in[slots], to_device(slots, self.device)
+        values = [tensor[index] for tensor in self.near]
+        self.write(rows, values)
+        self.slot_of[rows], self.row_in[slots] = -1, -1
+        self.moved += len(rows)
+
+    def write(self, rows, values):
+        index = to_device(rows, self.device)
+        self.wait("main", "stream")
+        with self.on_stream():
+            for tensor, value in zip(self.home, values, strict=True):
+                copy_rows(tensor, index, value, None)
+                if self.stream:
+                    value.record_stream(self.stream)
+            if self.stream:
+                index.record_stream(self.stream)
+
+    def fetch(self, rows):
+        """Copies of rows in host memory, made in the second stream."""
+        index = to_device(rows, self.device)
+        self.wait("main", "stream")
+        with self.on_stream():
+            values = [tensor.new_empty(len(rows), *tensor.shape[1:]) for tensor in self.home]
+            for tensor, value in zip(self.home, values, strict=True):
+                copy_rows(value, None, tensor, index)
+        if self.stream:
+            index.record_stream(self.stream)
+        return values
+
+    def bring(self, rows, slots):
+        """Rows that are not on the device come into these slots."""
+        staged, values = self.staged or (rows[:0], None)
+        at = np.searchsorted(staged, rows)
+        there = np.append(staged, -1)[at] == rows  # those that were prefetched
+        parts = [(slots[there], at[there], values)] if there.any() else []
+        if not there.all():
+            missing = rows[~there]
+            parts.append((slots[~there], np.arange(len(missing)), self.fetch(missing)))
+        self.wait("stream", "main")
+        for to, at, values in parts:
+            to, at = to_device(to, self.device), to_device(at, self.device)
+            for tensor, value in zip(self.near, values, strict=True):
+                tensor[to] = value[at]
+                if self.stream:
+                    value.record_stream(torch.cuda.current_stream(self.device))
+        self.slot_of[rows], self.row_in[slots], self.used[slots] = slots, rows, self.clock
+        self.staged = None
+        self.moved += len(rows)
+
+    def prefetch(self, rows):
+        rows = rows[self.slot_of[rows] < 0]
+        self.staged = (rows, self.fetch(rows)) if len(rows) else None
+
+    def flush(self):
+        slots = np.flatnonzero(self.row_in >= 0)
+        index = to_device(slots, self.device)
+        for start in range(0, len(slots), 1024):
+            part = slice(start, start + 1024)
+            self.write(self.row_in[slots[part]], [tensor[index[part]] for tensor in self.near])
+        self.wait("main", "stream")
+        if self.stream:
+            self.stream.synchronize()
+
+
+def host_memory(shape, dtype, device):
+    """Zeros in host memory, twice: as a CPU tensor, and as a tensor that the device can compute with. On CUDA
+    that is a CUDA tensor whose memory is the same, pinned. MemoryError if there is too little."""
+    if device.type != "cuda":
+        return (torch.zeros(shape, dtype=dtype),) * 2
+    tensor = torch.empty(shape, dtype=dtype)  # not pin_memory=True, which rounds up to a power of two
+    view = HostMemory(tensor)
+    # torch takes bytes as they are, and knows no bfloat16 here
+    alias = torch.as_tensor(view, device=device).view(dtype).view(shape)
+    if alias.data_ptr() != tensor.data_ptr():
+        raise MemoryError("this GPU cannot address host memory; give --bank_home gpu")
+    return tensor, alias.zero_()
+
+
+class HostMemory:
+    """Host memory, pinned while this object lives, as an array that CUDA libraries understand."""
+
+    def __init__(self, tensor):
+        size = tensor.numel() * tensor.element_size()
+        error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0))
+        if error:
+            raise MemoryError(f"cannot pin {size / 1e9:.1f} GB of host memory (CUDA error {error})")
+        self.tensor = tensor
+        self.__cuda_array_interface__ = dict(data=(tensor.data_ptr(), False), shape=(size,), typestr="|u1",
+                                             version=3)
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr()).atexit = False
+
+
+def copy_rows(to, to_rows, source, source_rows):
+    """to[to_rows] = source[source_rows], of tensors (n, M, d); None: all rows in order."""
+    if to.is_cuda:
+        from move_fast import copy_rows as kernel
+        kernel(to, to_rows, source, source_rows)
+    elif source_rows is not None:
+        torch.index_select(source, 0, source_rows, out=to)
+    else:
+        to[to_rows] = source
+
+
+# --------------------------------------------------------------------------- the bank that borrows
+
+
+class StoredBank(nn.Module):
+    """A ValueBank (V, M, d) whose rows live elsewhere: bank(idx) → memory (B, T, M, d), after bank.read(ids).
+
+    home: 'gpu', the memory of `device`, or 'host', host memory. With several processes of torch.distributed
+    the rows are dealt out over them; they call `read` and `update` together.
+    generator, std: as ValueBank; the rows start with its numbers on a CPU, drawn on `device` otherwise.
+
+    An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode
+    bank(idx) reads by itself, for generation by one process.
+    """
+
+    def __init__(self, vocab_size, n_slots, dim, std=None, generator=None, *, home, dtype=torch.float32,
+                 device="cpu", compiled=False):
+        super().__init__()
+        device = torch.device(device)
+        self.rank, self.n = processes()
+        with torch.device("meta"):
+            self.working_set = ValueBank(1, n_slots, dim, std).to(dtype)
+        self.working_set.to_empty(device=device)
+        self.register_buffer("place", torch.zeros(vocab_size, dtype=torch.int64, device=device),
+                             persistent=False)  # of an id in the working set
+        self.vocab_size, self.steps = vocab_size, Steps((0.8, 0.95), 1e-10, device)
+        mine = len(range(self.rank, vocab_size, self.n))
+        self.rows = {"gpu": DeviceRows, "host": HostRows}[home](mine, n_slots, dim, dtype, device)
+        self.current, self.step_rows = current, update
+        if compiled:
+            self.current, self.step_rows = (torch.compile(f, dynamic=True) for f in (current, update))
+        self.draw(generator)
+
+    def draw(self, generator):
+        """The rows start as N(0, std²)."""
+        device, (M, d) = self.place.device, self.rows.home[0].shape[1:]
+        if device.type == "cuda" and (generator is None or generator.device != device):
+            seed = torch.randint(1 << 62, (), generator=generator).item()
+            generator = torch.Generator(device).manual_seed(seed)
+        step = max(self.n, CHUNK // (M * d) // self.n * self.n)
+        for start in range(0, self.vocab_size, step):  # the same numbers as of one draw
+            drawn = torch.empty(min(step, self.vocab_size - start), M, d, device=device)
+            nn.init.normal_(drawn, std=self.working_set.std, generator=generator)
+            mine = drawn[self.rank::self.n]
+            self.rows.home[0][start // self.n:start // self.n + len(mine)] = mine
+
+    def forward(self, idx):
+        if not self.training:
+            self.read(np.unique(idx.cpu().numpy()))
+        return self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
+
+    def read(self, ids):
+        """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
+        as they are after the last update."""
+        owner = ids % self.n
+        order = np.argsort(owner, kind="stable")
+        self.given = np.bincount(owner, minlength=self.n)  # rows that this process gets of each
+        self.asked = self.exchange_counts(self.given)  # and that each gets of this one
+        asked = self.exchange_ids(ids[order] // self.n)
+        rows, self.at = np.unique(asked, return_inverse=True)  # of this process's rows
+        self.held = to_device(rows, self.place.device)
+        self.slots = self.rows.hold(rows)
+        out = self.room(len(ids))
+        if self.n == 1:
+            self.look_up(self.slots, self.held, out)
+        else:
+            at = to_device(self.at, self.place.device)
+            values = out.new_empty(len(asked), *out.shape[1:])
+            self.look_up(self.slots[at], self.held[at], values)
+            exchange(out, values, self.given, self.asked)
+        self.place.fill_(len(self.working_set.weight))  # an id that was not read has no place
+        index = to_device(ids[order], self.place.device)
+        self.place[index] = torch.arange(len(ids), device=index.device)
+
+    def prefetch(self, ids):
+        """Says which ids the next `read` will have, while the GPU works on this step."""
+        if self.n == 1:
+            self.rows.prefetch(ids)
+
+    def look_up(self, slots, rows, out):
+        """The rows in these slots, as they are now, into out."""
+        for part in self.chunks(len(slots)):
+            out[part] = self.current(self.rows.near, slots[part], self.rows.last[rows[part]], self.steps.c,
+                                     self.steps.eps)
+
+    def chunks(self, n):
+        size = max(1, CHUNK // self.working_set.weight[0].numel())
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def room(self, n):
+        """The first n rows of the working set, which grows if it is too small."""
+        weight = self.working_set.weight
+        if n > len(weight):
+            weight.grad = None
+            larger = min(self.vocab_size, n + n // 8 + 64)
+            weight.data = weight.data.new_zeros(0, *weight.shape[1:])  # frees it first
+            weight.data = weight.data.new_zeros(larger, *weight.shape[1:])
+        return weight.data[:n]
+
+    @torch.no_grad()
+    def update(self, lr):
+        """A step of AdamW for the rows that were read, by the gradient of the working set."""
+        weight, steps, device = self.working_set.weight, self.steps, self.place.device
+        n = int(self.given.sum())
+        g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n]
+        received = self.received_gradients(g)
+        t, rate = to_device(np.float64(steps.t + 1), device), to_device(np.float64(lr), device)
+        for part in self.chunks(len(self.slots)):
+            total = g[part] if self.n == 1 else sum_of_part(received, part, g)
+            last = self.rows.last[self.held[part]]
+            self.step_rows(self.rows.near, self.slots[part], last, steps.c, total, t, rate, steps.betas,
+                           steps.eps)
+        steps.count(lr)
+        self.rows.last[self.held] = steps.t
+
+    def received_gradients(self, g):
+        """[(which of the rows held, ascending; their gradients)] of each process that read some here."""
+        if self.n == 1:
+            return []
+        received = g.new_empty(int(self.asked.sum()), *g.shape[1:])
+        exchange(received, g.contiguous(), self.asked, self.given)
+        places = np.split(self.at, np.cumsum(self.asked)[:-1])
+        return list(zip(places, received.split(self.asked.tolist()), strict=True))
+
+    def exchange_counts(self, counts):
+        if self.n == 1:
+            return counts
+        received = torch.empty(self.n, dtype=torch.int64)
+        dist.all_to_all_single(received, torch.from_numpy(counts))
+        return received.numpy()
+
+    def exchange_ids(self, ids):
+        if self.n == 1:
+            return ids
+        received = torch.empty(int(self.asked.sum()), dtype=torch.int64)
+        dist.all_to_all_single(received, torch.from_numpy(ids), self.asked.tolist(), self.given.tolist())
+        return received.numpy()
+
+
+def sum_of_part(received, part, g):
+    """The gradient of a part of the rows held, float32: in the order of the processes, so always the same."""
+    total = torch.zeros(part.stop - part.start, *g.shape[1:], dtype=wide(g[:0]).dtype, device=g.device)
+    for places, gradients in received:
+        first, end = np.searchsorted(places, (part.start, part.stop))
+        total[to_device(places[first:end] - part.start, g.device)] += gradients[first:end].to(total.dtype)
+    return total
+
+
+def exchange(received, sent, received_counts, sent_counts):
+    """Each process sends rows to each: as bytes, which all backends know."""
+    received, sent = (t.view(torch.uint8).flatten(1) for t in (received, sent))
+    dist.all_to_all_single(received, sent, received_counts.tolist(), sent_counts.tolist())
+
+
+def empty_bank(vocab_size, n_slots, dim, generator=None, *, home, dtype, device):
+    """A plain ValueBank whose rows are to be filled, in the memory of the device or, on CUDA, in that of the
+    host, which the GPU then reads over the link: for generation, where a step reads a row for each text."""
+    with torch.device("meta"):
+        bank = ValueBank(vocab_size, n_slots, dim).to(dtype)
+    shape, device = bank.weight.shape, torch.device(device)
+    weight = host_memory(shape, dtype, device)[1] if home == "host" else torch.zeros(shape, dtype=dtype,
+                                                                                       device=device)
+    bank.weight = nn.Parameter(weight, requires_grad=False)
+    return bank
+
+
+def stored_banks(model):
+    """{name: StoredBank} of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, StoredBank)}
+
+
+def ids_of(batches):
+    """The different ids of some tensors, sorted: a NumPy array."""
+    parts = [np.unique(idx.numpy()) for idx in batches]
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+
+
+def borrow(model, batches):
+    """The stored banks of a model read the rows of token ids, (B, T) tensors on the CPU. All processes call
+    it, also one without any batch."""
+    if banks := stored_banks(model):
+        ids = ids_of(batches)
+        for bank in banks.values():
+            bank.read(ids)
+
+
+def prefetch(model, batches):
+    """Says which batches the next `borrow` will get."""
+    if banks := stored_banks(model):
+        ids = ids_of(batches)
+        for bank in banks.values():
+            bank.prefetch(ids)
+
+
+class StoredAdamW:
+    """AdamW for the stored banks of a model. groups: as memory_parameter_groups makes them, of the weights of
+    working sets. ValueError for weight decay. Like a torch optimizer for a schedule of learning rates."""
+
+    def __init__(self, model, groups):
+        banks = {bank.working_set.weight: bank for bank in stored_banks(model).values()}
+        self.param_groups = [dict(group, banks=[banks[p] for p in group["params"]]) for group in groups]
+        if any(group["weight_decay"] for group in groups):
+            raise ValueError("rows that are not read cannot decay: the weight decay must be 0")
+        for group in self.param_groups:
+            for bank in group["banks"]:
+                bank.steps = Steps(group["betas"], group["eps"], bank.place.device)
+
+    def step(self):
+        for group in self.param_groups:
+            for bank in group["banks"]:
+                bank.update(group["lr"])
+
+    def state_dict(self):
+        """None of its own: it is with the rows."""
+        return dict(state={})
+
+
+# ------------------------------------------------------------------------------------------ on disk
+
+
+def content_to_save(model):
+    """What a file of this process holds: {name of the bank: dict of p, m, v, last of its rows, and c}."""
+    content = {}
+    for name, bank in stored_banks(model).items():
+        bank.rows.flush()
+        content[name] = dict(zip("pmv", bank.rows.to_save, strict=True), last=bank.rows.last,
+                             c=bank.steps.c[:bank.steps.t + 1].clone())
+    return content
+
+
+def rows_are_finite(model):
+    """Whether this process's rows of the stored banks are."""
+    banks = stored_banks(model).values()
+    for bank in banks:
+        bank.rows.flush()
+    return all(bank.rows.to_save[0][part].isfinite().all() for bank in banks
+               for part in bank.chunks(len(bank.rows.last)))
+
+
+def pieces(state, first, stride):
+    """The rows of one bank in such a file, or of a whole bank, in pieces: (ids, (p, m, v), last)."""
+    n = len(state["last"])
+    size = max(1, CHUNK // state["p"][:1].numel()) if n else 1
+    for start in range(0, n, size):
+        part = slice(start, min(n, start + size))
+        ids = torch.arange(first + stride * part.start, first + stride * part.stop, stride)
+        values = tuple(state[key][part] for key in "pmv")
+        if not all(value.isfinite().all() for value in values):
+            raise ValueError("a bank has a number that is not finite")
+        yield ids, values, state["last"][part]
+
+
+def load_stored(bank, files, step):
+    """Fills a StoredBank from all the files of a checkpoint: [(state of this bank, first id, stride)]."""
+    for state, first, stride in files:
+        if stride == bank.n and first != bank.rank:
+            continue  # of another process
+        for ids, values, last in pieces(state, first, stride):
+            mine = ids % bank.n == bank.rank
+            rows = (ids[mine] // bank.n).to(bank.place.device)
+            bank.rows.put(rows, [t[mine] for t in values], last[mine])
+    c = files[0][0]["c"]
+    bank.steps.t = step
+    bank.steps.c = bank.steps.c.new_zeros(max(1024, 2 * step))
+    bank.steps.c[:len(c)] = c
+
+
+def load_plain(weight, files, step, betas=(0.8, 0.95), eps=1e-10, moments=None):
+    """Fills the weight (V, M, d) of a plain bank, and AdamW's moments (exp_avg, exp_avg_sq) if they are
+    given, from the files of a checkpoint: all rows as they are after `step`."""
+    for state, first, stride in files:
+        for ids, (p, m, v), last in pieces(state, first, stride):
+            every = slice(None)
+            weight[ids.to(weight.device)] = current((p, m, v), every, last, state["c"], eps).to(weight)
+            if moments:
+                steps = (step - last).view(-1, 1, 1).double()
+                for tensor, old, beta in zip(moments, (m, v), betas, strict=True):
+                    tensor[ids] = (old * beta ** steps).to(tensor.dtype)
