@@ -12,6 +12,7 @@
     gate_init         gates that start open to the memory, to the context, or neutral
     mla               the memory in the latent: bits per byte, bytes of the cache, speed of decoding
     keys              rows found by a hash of the last two ids instead of the last one
+    late              a memory for a model that is trained already
     recipe            learning rates, optimizers and start of the memory, one change at a time
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
@@ -42,12 +43,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import benchmarks
+from examples.trained_model import only_the_memory_learns, start_from_trained
 from gates import draw_senses, read_senses, sense_distances, text_of, write_page
 from lab import FULL, Lab, average, compare, curves, differ, mean, noise, spread
 from move import GPT, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
 from prepare_data import ArgumentParser, make_folder, run, token_bytes
-from run_folder import newest_run
+from run_folder import newest_run, read_checkpoint
 from train_gpt import TextWindows, load_run
 
 # ------------------------------------------------------------------------------------------ experiments
@@ -394,6 +396,59 @@ def keys(lab):
                     ylabel="validation, bits per byte") for against in ("steps", "seconds")])
 
 
+# --- late
+
+
+def go_on_from(model, folder, freeze=False):
+    """The model takes the weights of the run in `folder`. Where that has no memory, the model's starts so
+    that nothing changes. freeze: only the memory learns."""
+    saved = read_checkpoint(folder)["model"]
+    missing, _ = model.load_state_dict(saved, strict=False)
+    if missing:
+        start_from_trained(model)
+    if freeze:
+        only_the_memory_learns(model)
+
+
+def memory_optimizers(model, lr_scale):
+    """make_optimizers without those that take what is frozen."""
+    muon, adamw = make_optimizers(model, lr_scale)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+    return [muon, adamw]
+
+
+def late(lab):
+    """A memory for a model that is trained already: it learns from one half of the text without memory, then
+    from the other half without one, with a new one, and with a new one alone, all else frozen; beside a model
+    that had the memory all the time."""
+    half, steps = max(1, lab.depth // 2), max(1, lab.steps // 2)
+    first = dict(flags=dict(max_steps=steps, save_every=steps), part=(0, 0.5), keep=True)
+    begun = {memory: lab.runs(memory, half * (memory == "move"), "begun", **first)
+             for memory in ("none", "move")}
+    lab.train(begun)
+    ways = {"no memory": ("none", "none", {}), "a new memory": ("none", "move", {}),
+            "a new memory alone": ("none", "move", dict(freeze=True)),
+            "the memory it had": ("move", "move", {})}
+    methods = {}
+    for label, (start, memory, options) in ways.items():
+        methods[label] = lab.runs(memory, half * (memory == "move"), f"late-{label.replace(' ', '_')}",
+                                  flags=dict(max_steps=steps, save_every=steps), part=(0.5, 1),
+                                  optimizers_of=memory_optimizers if options else make_optimizers)
+        for then, before in zip(methods[label], begun[start], strict=True):
+            folder = lab.args.out_dir / "runs" / before.name
+            then.change = functools.partial(go_on_from, folder=folder, **options)
+    done = lab.train(methods)
+    table = lab.table(["second half of the text with", "bits per byte"],
+                      [[label, spread(rs)] for label, rs in done.items()])
+    sentences = [compare(label, done[label], "no memory", done["no memory"]) for label in list(ways)[1:]]
+    lab.write(table, [*sentences, compare("a new memory", done["a new memory"], "the memory it had",
+                                          done["the memory it had"])],
+              [dict(lines={label: curves(rs) for label, rs in done.items()}, xlabel="steps",
+                    ylabel="validation, bits per byte")])
+
+
 # --- recipe
 
 
@@ -575,7 +630,7 @@ def recipe(lab):
                     xscale="log")])
 
 
-EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, recipe]
+EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, late, recipe]
 
 
 def main(argv=None):

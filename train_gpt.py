@@ -624,15 +624,18 @@ def main(argv=None):
                 print_samples(model, encoding, "", args, machine.device)
 
 
-def train_text(args, machine, saved, change=None, after_save=None, optimizers_of=make_optimizers):
-    """Trains on text → the model and its tokenizer. The last three: see `build` and `train`; after_save is
-    called with the model, too."""
+def train_text(args, machine, saved, change=None, after_save=None, optimizers_of=make_optimizers,
+               part=(0, 1)):
+    """Trains on text → the model and its tokenizer. change, after_save, optimizers_of: see `build` and
+    `train`; after_save is called with the model, too. part: where the training tokens begin and end, as
+    shares."""
     data = load(args, machine, "text", TEXT_SETS)
     encoding = data.tokenizer()
     lengths = torch.from_numpy(token_bytes(encoding))
     model = start_model(args, machine, data, saved, most=DEFAULTS["cpu"]["micro_batch"], change=change)
+    begin, end = (int(len(data.train) * share) for share in part)
     sets = [TextWindows(tokens, args.seq_len, data.folder / name)
-            for tokens, name in ((data.train, "train.bin"), (data.val, "val.bin"))]
+            for tokens, name in ((data.train[begin:end], "train.bin"), (data.val, "val.bin"))]
     train(args, machine, model, data, sets, "bits per byte", lambda targets: lengths[targets].sum().item(),
           saved, after_save and (lambda step: after_save(model, step)), optimizers_of)
     return model, encoding

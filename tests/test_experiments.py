@@ -48,7 +48,8 @@ def awake(model):
 
 @pytest.mark.parametrize("experiment, runs", [
     (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
-    (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.recipe, 35)])
+    (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.late, 6),
+    (experiments.recipe, 35)])
 def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
@@ -61,9 +62,18 @@ def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monk
         assert len(values) == 1 and 2 < float(values[0].split()[0]) < 8
     trained = [path for path in (tmp_path / "out" / "runs").iterdir() if path.is_dir()]
     assert len(trained) == runs
-    assert not list((tmp_path / "out").glob("runs/*/checkpoint.pt"))
+    kept = list((tmp_path / "out").glob("runs/*/checkpoint.pt"))
+    assert len(kept) == (2 if experiment is experiments.late else 0)
     with Image.open(tmp_path / "out" / f"{name}.png") as chart:
         assert chart.width > 400 and os.path.getsize(tmp_path / "out" / f"{name}.png") < 150_000
+    if experiment is experiments.late:  # each goes on where the first half ended
+        bits = {path.parent.name: [json.loads(line)["val_bits_per_byte"] for line in path.open()
+                                   if "val_bits_per_byte" in line] for path in
+                (tmp_path / "out").glob("runs/*/log.jsonl")}
+        for then in (then for then in bits if "late" in then):
+            start = "move" if "it_had" in then else "none"
+            before, = (bits[other][-1] for other in bits if f"{start}-m{int(start == 'move')}-begun" in other)
+            assert bits[then][0] == pytest.approx(before, rel=1e-6)
     monkeypatch.setattr(train_gpt, "train", None)  # nothing is trained again
     experiments.main([experiment.__name__, *toy])
     assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["table"] == report["table"] or \
@@ -131,6 +141,12 @@ def test_mean_spread_and_comparison():
     assert lab.differ(b, a) == pytest.approx(1) and lab.differ(a, b) == pytest.approx(-1)
     assert lab.differ(a, [dict(bits=1.0), dict(bits=1.1)]) == 0
     assert lab.differ(a, c) == lab.differ(c, [dict(bits=9.0)]) == 0  # one seed cannot tell
+    seeds = np.random.default_rng(0).normal(size=3)  # what a seed does is alike in both methods
+    paired = [[dict(bits=x + d) for x, d in zip(seeds, shift, strict=True)] for shift in
+              ((0, 0, 0), (0.10, 0.11, 0.09))]
+    mean, half = lab.differences(paired[1], paired[0])
+    assert mean == pytest.approx(0.1) and half == pytest.approx(4.30 * 0.01 / 3 ** 0.5, rel=1e-6)
+    assert lab.differ(*paired) == pytest.approx(-0.1)
     assert "better" in lab.compare("a", a, "b", b) and "worse" in lab.compare("b", b, "a", a)
 
 
@@ -303,6 +319,26 @@ def test_varied_optimizers(memory):
                 kind = "bank" if any(p is bank for bank in banks) else \
                     "embedding" if p is model.embedding.weight else "head"
                 assert rates[p] == pytest.approx(group["lr"] * options.get(kind, 1))
+
+
+def test_a_new_memory_alone_learns(monkeypatch):
+    """All else stays as it was; and before the first step nothing changes."""
+    trained, model = awake(small_model("none", 0)), small_model()
+    monkeypatch.setattr(experiments, "read_checkpoint", lambda folder: dict(model=trained.state_dict()))
+    experiments.go_on_from(model, None, freeze=True)
+    idx, before = torch.randint(512, (2, 16)), {k: v.clone() for k, v in model.state_dict().items()}
+    assert torch.equal(model(idx), trained(idx))
+    optimizers, losses = experiments.memory_optimizers(model, 1.0), []
+    for _ in range(4):
+        losses.append(model(idx, idx))
+        model.zero_grad()
+        losses[-1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        memory = "bank" in name or "router" in name
+        assert torch.equal(tensor, before[name]) != memory, name
 
 
 def test_banks_that_start_otherwise():
