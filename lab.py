@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from command_line import Machine, fast_bfloat16, resolve_flags
 from move import GPT, GPTConfig
@@ -319,6 +320,8 @@ def draw(panels, path):
         axes.set(**panel)
         if axes.get_xscale() == "log":
             axes.xaxis.set_minor_formatter("")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=90))

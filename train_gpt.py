@@ -314,13 +314,12 @@ def evaluate(model, records, count, count_units, args, machine):
     with watch_gates(model) as gates:
         for start in range(0, -(-count // machine.world_size), args.micro_batch):  # as often in each process
             indices = mine[start:start + args.micro_batch]
-            idx, targets = records[indices] if len(indices) else (None, None)
-            borrow(model, [] if idx is None else [idx])
-            if idx is None:
-                continue
-            loss = model(idx.to(machine.device), targets.to(machine.device))
-            nats += loss.item() * targets.numel()
-            units += count_units(targets)
+            batches = [records[indices]] if len(indices) else []
+            borrow(model, [idx for idx, _ in batches])
+            for idx, targets in batches:
+                loss = model(idx.to(machine.device), targets.to(machine.device))
+                nats += loss.item() * targets.numel()
+                units += count_units(targets)
     nats, units = machine.sum([nats, units])
     gates = [machine.sum([float(x) for x in total]) for total in gates]
     g_0, g_i = ([total[j] / total[2] for total in gates] for j in (0, 1))
