@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
+from command_line import ends_together, set_up_machine
 from move import GPT, GPTConfig, ValueBank, sample
 from move_store import StoredBank, borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
-from train_gpt import load_run
+from train_gpt import load_run, sum_gradients
 
 
 def read_samples(path):
@@ -241,44 +242,57 @@ def draw_overhead(rows, path):
 
 
 class Home:
-    """A model whose bank is in the memory of the GPU, as a plain ValueBank, or of the host."""
+    """A model whose bank has this home, and its training steps. For one process 'gpu' is a plain bank."""
 
-    def __init__(self, home, config, args, device):
+    def __init__(self, home, config, machine):
         from move_fast import accelerate, zero_grad  # needs Triton
         torch.manual_seed(0)
-        dtype, cuda = torch.bfloat16 if device.type == "cuda" else torch.float32, device.type == "cuda"
-        bank = partial(StoredBank, home="host", device=device, dtype=dtype, compiled=cuda)
-        self.model = GPT(config, dtype, bank=bank if home == "host" else ValueBank)
+        self.home, self.machine, cuda = home, machine, machine.device.type == "cuda"
+        dtype = torch.bfloat16 if cuda else torch.float32
+        self.before = torch.cuda.memory_allocated() if cuda else 0  # bytes of the models before this one
+        stored = partial(StoredBank, home=home, device=machine.device, dtype=dtype, compiled=cuda)
+        plain = home == "gpu" and machine.world_size == 1
+        self.model = GPT(config, dtype, bank=ValueBank if plain else stored)
         for module in self.model.modules():
             if isinstance(module, ValueBank):
                 module.to(dtype)
-        self.model.to(device)
+        self.model.to(machine.device)
         self.zero_grad = zero_grad if cuda and accelerate(self.model) else nn.Module.zero_grad
         self.optimizers = make_optimizers(self.model)
         self.compiled = torch.compile(self.model, fullgraph=True) if cuda else self.model
-        self.seconds, self.losses = [], []
+        self.seconds, self.loss, self.peak = [], None, 0
 
-    def bytes(self):
-        """Of the GPU's memory that the bank takes: rows or working set, gradients, moments, slots."""
+    def bank_bytes(self):
+        """Of this GPU's memory that the bank takes: rows or working set, gradients, moments, slots."""
         stored = [t for bank in stored_banks(self.model).values() for t in bank.rows.near]
         weights = [m.weight for m in self.model.modules() if isinstance(m, ValueBank)]
         tensors = [*weights, *weights, *(stored or weights + weights)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def rows_moved(self):
+        return sum(getattr(bank.rows, "moved", 0) for bank in stored_banks(self.model).values())
+
     def steps(self, batches):
         """A step for each of `batches`, [(idx, targets), …] each, but the last → seconds a step."""
+        if self.machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.machine.sum([0])  # waits for the other processes
         start = time.perf_counter()
         for now, later in itertools.pairwise(batches):
             borrow(self.model, [idx for idx, _ in now])
             prefetch(self.model, [idx for idx, _ in later])
             self.zero_grad(self.model)
             for batch in now:
-                idx, targets = (t.to(self.model.head.weight.device, non_blocking=True) for t in batch)
-                loss = self.compiled(idx, targets) / len(now)
+                idx, targets = (t.to(self.machine.device, non_blocking=True) for t in batch)
+                loss = self.compiled(idx, targets) / len(now) / self.machine.world_size
                 loss.backward()
+            if self.machine.world_size > 1:
+                sum_gradients(self.model)
             for optimizer in self.optimizers:
                 optimizer.step()
-        self.losses.append(loss.item() * len(now))  # waits for the GPU
+        self.loss, = self.machine.sum([loss.item() * len(now)])  # waits for the GPU
+        if self.machine.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated() - self.before
         return (time.perf_counter() - start) / (len(batches) - 1)
 
 
@@ -298,58 +312,70 @@ def link_speed(device, size=1 << 30):
 
 
 def store(args):
-    """Whole training steps with the bank in host memory beside one in the memory of the GPU, in turn, round
-    after round, each step with ids of its own from a 1/rank law. Rows move with both moments, some to the
-    GPU and some back."""
+    """Whole training steps with the bank in several homes, in turn, round after round, each step with ids of
+    its own from a 1/rank law. torchrun deals the bank out: each process has as many tokens as one alone. Rows
+    that move come from host memory or go back, with both moments."""
     for flag in ("tokens", "seq_len", "vocab_size", "rounds", "steps"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    torch.set_float32_matmul_precision("high")
-    rng, law = np.random.default_rng(0), 1 / np.arange(1, args.vocab_size + 1)
-    order, series = rng.permutation(args.vocab_size), []
+    if args.tokens % args.seq_len:
+        raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = set_up_machine(argparse.Namespace(device=device, seed=0))
+    with ends_together():
+        measure_homes(args, machine)
+
+
+def measure_homes(args, machine):
+    cuda, name = machine.device.type == "cuda", "CPU"
+    rng, law = np.random.default_rng(machine.rank), 1 / np.arange(1, args.vocab_size + 1)
+    order, series = np.random.default_rng(0).permutation(args.vocab_size), []
     for _ in range(args.steps + 1):
         ids = order[rng.choice(args.vocab_size, args.tokens * MICRO_BATCHES + 1, p=law / law.sum())]
         parts = [torch.from_numpy(ids[shift:len(ids) - 1 + shift]).view(MICRO_BATCHES, -1, args.seq_len)
                  for shift in (0, 1)]
-        parts = [t.pin_memory() for t in parts] if device.type == "cuda" else parts
-        series.append(list(zip(*parts, strict=True)))
-    used = np.mean([len(ids_of([idx for idx, _ in batches])) for batches in series])
-    link = "".join(f", {speed:.0f} GB/s {way} the GPU" for speed, way in zip(
-        link_speed(device), ("to", "from"), strict=True)) if device.type == "cuda" else ""
-    print(f"{machine}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
-          f"{args.tokens * MICRO_BATCHES:,} tokens a step with {used:,.0f} different ids, {args.rounds} "
-          f"rounds of {args.steps} steps{link}\n| bank | parameters | home | ms a step | over the GPU | "
-          "rows moved in a step (GB) | bytes on the GPU, a parameter |\n" + "|---" * 7 + "|", flush=True)
+        series.append(list(zip(*(t.pin_memory() if cuda else t for t in parts), strict=True)))
+    used, tokens = np.mean([len(ids_of([idx for idx, _ in step])) for step in series]), ids.size - 1
+    link = ""
+    if cuda:
+        name = torch.cuda.get_device_name()
+        link = ", pinned rows {:.0f} GB/s to the GPU, {:.0f} back".format(*link_speed(machine.device))
+
+    def say(text):
+        if machine.main:
+            print(text, flush=True)
+
+    n = machine.world_size
+    say(f"{n} × {name}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
+        f"{tokens:,} tokens a step and process with {used:,.0f} different ids, {args.rounds} rounds "
+        f"of {args.steps} steps{link}\n| bank | parameters | home | ms a step | over the "
+        "first | tokens/s | rows moved in a step (GB) | bytes on a GPU, a parameter | peak, GiB | loss "
+        "|\n" + "|---" * 10 + "|")
     for scale in args.scales:
-        homes = {}
-        config, _ = config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
-        for home in ("gpu", "host"):
+        homes, (config, _) = [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
+        for home in args.homes:
             try:
-                homes[home] = Home(home, config, args, device)
-                homes[home].steps(series[:3])  # compiles
+                homes.append(Home(home, config, machine))
+                homes[-1].steps(series[:3])  # compiles
             except torch.OutOfMemoryError:
-                homes.pop(home, None)
+                say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
+                homes = [variant for variant in homes if variant.home != home]
                 gc.collect()
                 torch.cuda.empty_cache()
+        before = {variant: variant.rows_moved() for variant in homes}
         for _ in range(args.rounds):
-            for variant in homes.values():
+            for variant in homes:
                 variant.seconds.append(variant.steps(series))
         parameters = args.vocab_size * config.n_slots * config.memory_dim
-        for home, variant in homes.items():
-            ratios, moved = "", ""
-            if home == "host":
-                rows = sum(bank.rows.moved for bank in stored_banks(variant.model).values())
-                rows /= args.rounds * args.steps + 2
-                moved = f"{rows:,.0f} ({3 * rows * parameters / args.vocab_size * 2 / 1e9:.2f})"
-                if "gpu" in homes:
-                    over = np.array(variant.seconds) / np.array(homes["gpu"].seconds) - 1
-                    ratios = f"{np.median(over):+.1%} ({over.min():+.1%} to {over.max():+.1%})"
-            ms = 1000 * np.median(variant.seconds)
-            print(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {home} | {ms:.1f} | "
-                  f"{ratios} | {moved} | {variant.bytes() / parameters:.2f} |", flush=True)
-        print(f"losses: { {home: [round(loss, 4) for loss in v.losses[-2:]] for home, v in homes.items()} }")
+        for variant in homes:
+            over = np.array(variant.seconds) / np.array(homes[0].seconds) - 1
+            over = f"{np.median(over):+.1%} ({over.min():+.1%} to {over.max():+.1%})"
+            rows = (variant.rows_moved() - before[variant]) / args.rounds / args.steps
+            size = 3 * parameters / args.vocab_size * (2 if cuda else 4) / 1e9  # of a row with both moments
+            ms, each = 1000 * np.median(variant.seconds), variant.bank_bytes() / parameters
+            say(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {variant.home} | {ms:.1f} | {over} | "
+                f"{n * tokens / ms * 1000:,.0f} | {rows:,.0f} ({rows * size:.2f}) | {each:.2f} | "
+                f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} |")
         homes.clear()
         gc.collect()
 
@@ -493,6 +519,7 @@ def add_commands(commands):
     add("--out", type=Path, default=Path("overhead.png"), help="the bar chart")
     add = command(store, store)
     add("--scales", type=float, nargs="+", default=[1, 4, 8], help="of the memory: ×scale")
+    add("--homes", choices=["gpu", "host"], nargs="+", default=["gpu", "host"], help="of the bank")
     add("--tokens", type=int, default=32768, help=f"of a micro-batch, of {MICRO_BATCHES} a step")
     add("--seq_len", type=int, default=2048, help="tokens of a sequence")
     add("--depth", type=int, default=12, help="layers; the width is 64 times that")

@@ -23,6 +23,7 @@ and measurements of benchmarks.py:
     python experiments.py words out/<run>                        does a run write words, and words of its own?
     python experiments.py digits out/<run>/samples_<step>.npz    are generated digits what was asked for?
     python experiments.py overhead                               what the memory costs on the clock (CUDA GPU)
+    python experiments.py store                                  a step with the bank in host memory
     python experiments.py decode                                 milliseconds of a step of generation
 """
 import argparse

@@ -347,6 +347,19 @@ def test_banks_that_start_otherwise():
     assert model.bank.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_homes_of_a_bank_are_measured(capsys):
+    pytest.importorskip("triton")
+    experiments.main(["store", "--depth", "2", "--tokens", "64", "--seq_len", "32", "--vocab_size", "4000",
+                      "--rounds", "2", "--steps", "2", "--scales", "1"])
+    _, _, _, plain, host = capsys.readouterr().out.splitlines()
+    plain, host = ([cell.strip() for cell in line.split("|")] for line in (plain, host))
+    assert (plain[3], host[3]) == ("gpu", "host") and float(plain[4]) > 0
+    assert plain[10] == host[10]  # the losses
+    assert plain[7].startswith("0 ") and not host[7].startswith("0 ")
+    for flags in (["--tokens", 33, "--seq_len", 32], ["--steps", 0], ["--homes", "disk"]):
+        fails(experiments, ["store", *flags], flags[0])
+
+
 def test_overhead_refuses_what_it_cannot_measure():
     for flags, name in [(["--tokens", 1000], "--seq_len 2048"), (["--rounds", 0], "--rounds"),
                         (["--variants"], "--variants")]:
