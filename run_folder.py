@@ -3,7 +3,7 @@
     lock              empty; held while a process trains here
     log.jsonl         a JSON object a line, each with its step
     checkpoint.pt     all that the run needs to go on, and to be sampled from: see `save_checkpoint`
-    bank-<step>-<process>.pt    the rows of a stored bank (move_store.py) that belong to that checkpoint
+    bank-<step>-<process>-of-<n>.pt    the rows of a stored bank (move_store.py) that belong to it
     curves.png        the log as a figure
     tokenizer.tiktoken, codebook.npy or decoder.pt    a copy of what turns the tokens back
 
@@ -12,10 +12,10 @@ A checkpoint is the zip file of torch.save, which holds a CRC-32 of each tensor:
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -42,6 +42,7 @@ from prepare_data import UserError, check_form, check_meta, decoder_files, ident
 # ------------------------------------------------------------------------------ the folder and its lock
 
 
+LEFT = re.compile(r"\.(checkpoint\.pt|bank-\d+-\d+-of-\d+\.pt|curves\.png)\.[0-9a-f]{16}")  # see write_file
 FIRST_RECORD = b'{"step": 0, "val_bits_per_'  # so starts each log of ours
 
 
@@ -76,6 +77,9 @@ def only_run(folder, resume):
                 pass
         if not resume and (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume, or give another --out_dir")
+        for path in folder.glob(".*.????????????????"):  # what a kill left of files half written
+            if LEFT.fullmatch(path.name):
+                path.unlink()
         yield
     finally:
         os.close(lock)
@@ -134,7 +138,7 @@ def save_checkpoint(folder, model, optimizers, bank, **rest):
                  optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], **rest)
     write_checkpoint(folder / "checkpoint.pt", state, folder)
     for path in folder.glob("bank-*.pt"):
-        if path.name not in map(rows_name, itertools.repeat(rest["step"]), range(len(bank))):
+        if path.name not in [rows_name(rest["step"], i, len(bank)) for i in range(len(bank))]:
             path.unlink()
 
 
@@ -148,15 +152,16 @@ def write_checkpoint(path, state, folder):
                         "make room and --resume") from None
 
 
-def rows_name(step, process):
-    return f"bank-{step}-{process}.pt"
+def rows_name(step, process, n):
+    """With n in it, so that a run that goes on with other processes overwrites none at the same step."""
+    return f"bank-{step}-{process}-of-{n}.pt"
 
 
 def save_rows(folder, model, step):
     """Writes this process's file of the rows of stored banks → its checksum; 0 without such banks."""
     if not stored_banks(model):
         return 0
-    path = folder / rows_name(step, processes()[0])
+    path = folder / rows_name(step, *processes())
     write_checkpoint(path, content_to_save(model), folder)
     return checksum(path)
 
@@ -301,7 +306,7 @@ def read_rows(folder, state, names):
             files[name].append((dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1))
         return files
     for process, number in enumerate(state["bank"]):
-        path = folder / rows_name(step, process)
+        path = folder / rows_name(step, process, len(state["bank"]))
         require(path.exists(), f"its file {path.name} is missing")
         with damage_named(path):
             require(checksum(path) == number, "it belongs to another checkpoint")

@@ -264,6 +264,7 @@ def test_the_optimizers_of_a_stored_bank(memory):
 # ------------------------------------------------------------------------------------ many processes
 
 MANY = """
+import os
 import sys
 sys.path[:0] = [{here!r}, {here!r} + "/tests"]
 import functools
@@ -315,8 +316,9 @@ for home in ("gpu", "host"):
     difference = np.abs(np.subtract(train(home), plain)).max()
     assert difference < 1e-5, (home, difference)
 print("as one")
+sys.stdout.flush()
 dist.barrier()
-dist.destroy_process_group()
+os._exit(0)  # Gloo's threads now and then abort a process that ends otherwise
 """
 
 
@@ -330,6 +332,7 @@ def test_many_processes_are_as_one(n, vocab_size, memory, tmp_path):
 
 
 SHARE = """
+import os
 import sys
 sys.path[:0] = [{here!r}]
 import numpy as np
@@ -353,8 +356,9 @@ for home in ("gpu", "host"):
     dist.all_gather(places, bank.place)
     assert all(torch.equal(o[q], found[bank.place]) for o, q in zip(others, places))
 print("shared")
+sys.stdout.flush()
 dist.barrier()
-dist.destroy_process_group()
+os._exit(0)  # Gloo's threads now and then abort a process that ends otherwise
 """
 
 
@@ -405,7 +409,7 @@ def logs_agree(a, b, keys=("loss", "val_bits_per_byte"), **tolerance):
 def test_a_run_with_the_bank_in_host_memory(runs, capsys):
     logs_agree(runs["gpu"], runs["host"], rtol=1e-5)
     assert 0 < log_of(runs["host"], "rows_used")[12] <= 1
-    assert files_of(runs["host"]) == ["bank-12-0.pt", "checkpoint.pt"]
+    assert files_of(runs["host"]) == ["bank-12-0-of-1.pt", "checkpoint.pt"]
     assert "bank.weight" not in checkpoint(runs["host"])["model"]
     texts = []
     for folder, home in itertools.product(runs.values(), HOMES):  # sampled in either place
@@ -458,7 +462,7 @@ def test_a_run_by_two_processes_goes_on_with_four_and_with_one(runs, data_dir, t
     flags = (*WHOLE, "--micro_batch", 2, "--bank_home")
     code, output, error = torchrun(2, *command(data_dir, out_dir, *flags, "host"))
     assert code == 0 and output.count("step 12/12  loss") == 1, error
-    assert files_of(out_dir) == ["bank-12-0.pt", "bank-12-1.pt", "checkpoint.pt"]
+    assert files_of(out_dir) == ["bank-12-0-of-2.pt", "bank-12-1-of-2.pt", "checkpoint.pt"]
     logs_agree(out_dir, runs["gpu"], rtol=1e-4)
     again = ("--resume", "--out_dir", out_dir, "--bank_home", "gpu", "--max_steps")
     code, output, error = torchrun(4, *again, 15)
@@ -477,10 +481,10 @@ def test_checkpoints_that_are_not_whole(runs, tmp_path):
         folder = tmp_path / "broken"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(runs["host"], folder)
-        change(folder / "bank-12-0.pt")
+        change(folder / "bank-12-0-of-1.pt")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         for flags in (["--resume", "--max_steps", 20], ["--prompt", "def"]):
-            fails(train_gpt, [*flags, "--out_dir", folder], "bank-12-0.pt")
+            fails(train_gpt, [*flags, "--out_dir", folder], "bank-12-0-of-1.pt")
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def flip(path):
@@ -506,18 +510,18 @@ def test_checkpoints_that_are_not_whole(runs, tmp_path):
 def test_files_that_contradict_their_checkpoint(change, runs, tmp_path):
     """With all checksums right."""
     shutil.copytree(runs["host"], tmp_path / "run")
-    path = tmp_path / "run" / "bank-12-0.pt"
+    path = tmp_path / "run" / "bank-12-0-of-1.pt"
     content = torch.load(path, weights_only=True)
     content["bank"].update(change)
     torch.save(content, path)
     state = checkpoint(tmp_path / "run")
     torch.save(dict(state, bank=[run_folder.checksum(path)]), tmp_path / "run" / "checkpoint.pt")
-    fails(train_gpt, ["--resume", "--max_steps", 20, "--out_dir", tmp_path / "run"], "bank-12-0.pt")
+    fails(train_gpt, ["--resume", "--max_steps", 20, "--out_dir", tmp_path / "run"], "bank-12-0-of-1.pt")
 
 
 def test_rows_that_are_not_finite(runs, tmp_path):
     shutil.copytree(runs["host"], tmp_path / "run")
-    path = tmp_path / "run" / "bank-12-0.pt"
+    path = tmp_path / "run" / "bank-12-0-of-1.pt"
     content = torch.load(path, weights_only=True)
     content["bank"]["v"][5, 0, 0] = float("nan")
     torch.save(content, path)
@@ -526,13 +530,13 @@ def test_rows_that_are_not_finite(runs, tmp_path):
     fails(train_gpt, ["--resume", "--max_steps", 20, "--out_dir", tmp_path / "run"], "checkpoint")
 
 
-@pytest.mark.parametrize("full", ["bank-8-0.pt", "checkpoint.pt"])
+@pytest.mark.parametrize("full", ["bank-8-0-of-1.pt", "checkpoint.pt"])
 def test_a_disk_that_is_full_keeps_the_checkpoint_before(full, data_dir, tmp_path, monkeypatch):
     """Whichever file does not fit."""
     write_file = run_folder.write_file
 
     def write(path, writer):
-        if path.name == full and (full != "checkpoint.pt" or (path.parent / "bank-8-0.pt").exists()):
+        if path.name == full and (full != "checkpoint.pt" or (path.parent / "bank-8-0-of-1.pt").exists()):
             raise OSError(28, "No space left on device", str(path))
         write_file(path, writer)
 
@@ -542,7 +546,7 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(full, data_dir, tmp_pat
     monkeypatch.undo()
     monkeypatch.setattr(train_gpt, "update_curves", lambda folder: None)
     train_gpt.main(["--resume", "--out_dir", str(tmp_path / "run")])
-    assert files_of(tmp_path / "run") == ["bank-12-0.pt", "checkpoint.pt"]
+    assert files_of(tmp_path / "run") == ["bank-12-0-of-1.pt", "checkpoint.pt"]
 
 
 def test_a_row_that_is_not_finite_is_not_saved(data_dir, tmp_path, monkeypatch):
@@ -558,6 +562,34 @@ def test_a_row_that_is_not_finite_is_not_saved(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt.Training, "take_step", take_step)
     fails(train_gpt, command(data_dir, tmp_path / "run", *WHOLE, "--bank_home", "host"), "finite.*checkpoint")
     assert checkpoint(tmp_path / "run")["step"] == 4
+
+
+def test_a_kill_after_other_processes_took_over(runs, data_dir, tmp_path, monkeypatch):
+    """They save at the step at which they took over, and end between their files and checkpoint.pt."""
+    out_dir = tmp_path / "run"
+    shutil.copytree(runs["host"], out_dir)
+    (out_dir / ".bank-12-0-of-1.pt.0123456789abcdef").write_bytes(b"half a file")
+    kept = {path.name: path.read_bytes() for path in out_dir.glob("*.pt")}
+    script = tmp_path / "script.py"
+    script.write_text(f"""import os, signal, sys; sys.path.insert(0, {str(HERE)!r})
+import run_folder, train_gpt
+def killed(*about, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+run_folder.save_checkpoint = train_gpt.save_checkpoint = killed
+start = train_gpt.Training.__init__
+def interrupted(*about):
+    start(*about)
+    os.kill(os.getpid(), signal.SIGINT)
+train_gpt.Training.__init__ = interrupted
+train_gpt.run(train_gpt.main)""")
+    flags = ["--resume", "--out_dir", out_dir, "--max_steps", 20, "--micro_batch", 2]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                             "--standalone", script, *map(str, flags)], capture_output=True, text=True)
+    assert result.returncode and len(list(out_dir.glob("bank-12-*-of-2.pt"))) == 2, (files_of(out_dir), result.stderr)
+    assert all((out_dir / name).read_bytes() == content for name, content in kept.items())
+    train_gpt.main(["--resume", "--out_dir", str(out_dir), "--max_steps", "13"])
+    assert files_of(out_dir) == ["bank-13-0-of-1.pt", "checkpoint.pt"]
+    assert not list(out_dir.glob(".*"))  # nor is there anything half written
 
 
 def test_too_little_memory_to_pin(data_dir, tmp_path, monkeypatch):
