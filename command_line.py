@@ -259,6 +259,12 @@ class Machine:
             dist.all_reduce(values)  # on the CPU
         return values.tolist()
 
+    def gather(self, number):
+        """The integers, below 2⁵³, of all processes."""
+        numbers = [0] * self.world_size
+        numbers[self.rank] = number
+        return [int(number) for number in self.sum(numbers)]
+
     def first(self, work):
         """work() in the main process, while the others wait. If it fails, all processes end."""
         return self.together(work if self.main else lambda: None)

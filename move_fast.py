@@ -740,7 +740,8 @@ def copy_rows(to, to_rows, source, source_rows):
     if n:
         to_rows, source_rows = (torch.arange(n, device=to.device) if r is None else r
                                 for r in (to_rows, source_rows))
-        to, source = (t.flatten(1).view(torch.int32) for t in (to, source))
+        word = torch.int32 if to[0].numel() * to.element_size() % 4 == 0 else torch.int16
+        to, source = (t.flatten(1).view(word) for t in (to, source))
         copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)
 
 

@@ -3,9 +3,9 @@
     model = GPT(config, bank=partial(StoredBank, home="host"))
     optimizer = StoredAdamW(model, groups)          for the banks; another one takes the rest
     for idx, targets in batches:
-        borrow(model, [idx])                        the rows of the batch
+        borrow(model, [idx])                        reads the rows of the batch; their gradient is zero
         model(idx, targets).backward()
-        optimizer.step()                            gives them back, one step further
+        optimizer.step()                            their owners update them
 
 The idea is the working set. A step needs the rows of the ids of its batch, and these are known before it
 starts. `StoredBank` copies them into a small `ValueBank`, on which the model trains as on any other, so its
@@ -20,8 +20,8 @@ row that is not read, that can wait. If its last update was step r, after step t
     = - c_r · m / √v      c_r = Σ_s lr_s · √(1 - β2^s)/(1 - β1^s) · ρ^{s-r}      ρ = β1/√β2
 
 and c_r is the same for all rows. So a row is brought up to date when it is read, with one number from a
-table: the result is that of AdamW on the whole bank, to rounding. (But for eps, which is to be small: it is
-added to √v.)
+table: the result is that of AdamW on the whole bank, to rounding, but for eps: it is added to √v as it was
+after step r, not as it fades. Where √v is not far from eps, a row that waits moves a little further.
 
 Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is here all that an id has,
 (M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
@@ -38,7 +38,6 @@ from torch import nn
 from move import ValueBank
 
 CHUNK = 1 << 26  # numbers that are updated at a time
-FADED = 256  # steps after which a moment moves nothing: ρ^256 is 1e-22 for betas (0.8, 0.95)
 
 
 def processes():
@@ -85,10 +84,18 @@ class Steps:
     """What all rows of a bank have in common: the number of steps t, and the table c with an entry for each
     step that can have been a row's last, 0 to t."""
 
-    def __init__(self, betas, eps, device):
-        self.betas, self.eps, self.t = betas, eps, 0
+    def __init__(self, device):
+        self.betas, self.eps, self.t = (0.8, 0.95), 1e-10, 0
         self.c = torch.zeros(1024, dtype=torch.float64, device=device)  # grows
-        self.powers = (betas[0] * betas[1] ** -0.5) ** torch.arange(FADED, 0, -1, device=device).double()
+
+    def use(self, betas, eps):
+        """ValueError for betas with which a moment that fades moves a row for ever, and for others than those
+        of the steps so far."""
+        if betas[0] ** 2 >= betas[1]:
+            raise ValueError(f"β1² must be less than β2, not as in {betas}")
+        if self.t and (tuple(betas), eps) != (tuple(self.betas), self.eps):
+            raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}")
+        self.betas, self.eps = betas, eps
 
     def count(self, lr):
         """One step more: all rows fall back by it, but those that it updates."""
@@ -96,8 +103,9 @@ class Steps:
         self.t += 1
         if self.t == len(self.c):
             self.c = torch.cat((self.c, torch.zeros_like(self.c)))
-        n, step = min(self.t, FADED), lr * (1 - beta2 ** self.t) ** 0.5 / (1 - beta1 ** self.t)
-        self.c[self.t - n:self.t] += step * self.powers[-n:]
+        step = lr * (1 - beta2 ** self.t) ** 0.5 / (1 - beta1 ** self.t)
+        ages = torch.arange(self.t, 0, -1, device=self.c.device).double()
+        self.c[:self.t] += step * (beta1 * beta2 ** -0.5) ** ages
 
 
 # ------------------------------------------------------------------------------ where the rows live
@@ -210,9 +218,11 @@ class HostRows(DeviceRows):
             values = [tensor.new_empty(len(rows), *tensor.shape[1:]) for tensor in self.home]
             for tensor, value in zip(self.home, values, strict=True):
                 copy_rows(value, None, tensor, index)
+        ready = None
         if self.stream:
             index.record_stream(self.stream)
-        return values
+            ready = self.stream.record_event()
+        return values, ready
 
     def bring(self, rows, slots):
         """Rows that are not on the device come into these slots."""
@@ -223,9 +233,10 @@ class HostRows(DeviceRows):
         if not there.all():
             missing = rows[~there]
             parts.append((slots[~there], np.arange(len(missing)), self.fetch(missing)))
-        self.wait("stream", "main")
-        for to, at, values in parts:
+        for to, at, (values, ready) in parts:
             to, at = to_device(to, self.device), to_device(at, self.device)
+            if ready:  # not for what is written back meanwhile
+                torch.cuda.current_stream(self.device).wait_event(ready)
             for tensor, value in zip(self.near, values, strict=True):
                 tensor[to] = value[at]
                 if self.stream:
@@ -254,6 +265,8 @@ def host_memory(shape, dtype, device):
     that is a CUDA tensor whose memory is the same, pinned. MemoryError if there is too little."""
     if device.type != "cuda":
         return (torch.zeros(shape, dtype=dtype),) * 2
+    if 0 in shape:
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype, device=device)
     tensor = torch.empty(shape, dtype=dtype)  # not pin_memory=True, which rounds up to a power of two
     view = HostMemory(tensor)
     # torch takes bytes as they are, and knows no bfloat16 here
@@ -274,7 +287,12 @@ class HostMemory:
         self.tensor = tensor
         self.__cuda_array_interface__ = dict(data=(tensor.data_ptr(), False), shape=(size,), typestr="|u1",
                                              version=3)
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, tensor.data_ptr()).atexit = False
+        weakref.finalize(self, unpin, tensor.data_ptr()).atexit = False
+
+
+def unpin(pointer):
+    torch.cuda.synchronize()  # a stream may still read it
+    torch.cuda.cudart().cudaHostUnregister(pointer)
 
 
 def copy_rows(to, to_rows, source, source_rows):
@@ -298,8 +316,9 @@ class StoredBank(nn.Module):
     the rows are dealt out over them; they call `read` and `update` together.
     generator, std: as ValueBank; the rows start with its numbers on a CPU, drawn on `device` otherwise.
 
-    An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode
-    bank(idx) reads by itself, for generation by one process.
+    An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode,
+    without gradients, bank(idx) reads by itself, for generation by one process. The state_dict does not have
+    the rows: see content_to_save.
     """
 
     def __init__(self, vocab_size, n_slots, dim, std=None, generator=None, *, home, dtype=torch.float32,
@@ -312,7 +331,7 @@ class StoredBank(nn.Module):
         self.working_set.to_empty(device=device)
         self.register_buffer("place", torch.zeros(vocab_size, dtype=torch.int64, device=device),
                              persistent=False)  # of an id in the working set
-        self.vocab_size, self.steps = vocab_size, Steps((0.8, 0.95), 1e-10, device)
+        self.vocab_size, self.steps = vocab_size, Steps(device)
         mine = len(range(self.rank, vocab_size, self.n))
         self.rows = {"gpu": DeviceRows, "host": HostRows}[home](mine, n_slots, dim, dtype, device)
         self.current, self.step_rows = current, update
@@ -334,13 +353,16 @@ class StoredBank(nn.Module):
             self.rows.home[0][start // self.n:start // self.n + len(mine)] = mine
 
     def forward(self, idx):
-        if not self.training:
+        if not self.training and not torch.is_grad_enabled():
             self.read(np.unique(idx.cpu().numpy()))
         return self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def read(self, ids):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
-        as they are after the last update."""
+        as they are after the last update, without a gradient."""
+        self.working_set.weight.grad = None  # of other ids
         owner = ids % self.n
         order = np.argsort(owner, kind="stable")
         self.given = np.bincount(owner, minlength=self.n)  # rows that this process gets of each
@@ -380,8 +402,7 @@ class StoredBank(nn.Module):
         """The first n rows of the working set, which grows if it is too small."""
         weight = self.working_set.weight
         if n > len(weight):
-            weight.grad = None
-            larger = min(self.vocab_size, n + n // 8 + 64)
+            larger = min(self.vocab_size, n + n // 4 + 64)  # each time torch.compile compiles anew
             weight.data = weight.data.new_zeros(0, *weight.shape[1:])  # frees it first
             weight.data = weight.data.new_zeros(larger, *weight.shape[1:])
         return weight.data[:n]
@@ -492,7 +513,7 @@ class StoredAdamW:
             raise ValueError("rows that are not read cannot decay: the weight decay must be 0")
         for group in self.param_groups:
             for bank in group["banks"]:
-                bank.steps = Steps(group["betas"], group["eps"], bank.place.device)
+                bank.steps.use(group["betas"], group["eps"])
 
     def step(self):
         for group in self.param_groups:
@@ -522,8 +543,8 @@ def rows_are_finite(model):
     banks = stored_banks(model).values()
     for bank in banks:
         bank.rows.flush()
-    return all(bank.rows.to_save[0][part].isfinite().all() for bank in banks
-               for part in bank.chunks(len(bank.rows.last)))
+    return all(tensor[part].isfinite().all() for bank in banks for tensor in bank.rows.to_save
+               for part in bank.chunks(len(tensor)))
 
 
 def pieces(state, first, stride):

@@ -137,8 +137,9 @@ def save_checkpoint(folder, model, optimizers, bank, **rest):
     state = dict(format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, bank=bank,
                  optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], **rest)
     write_checkpoint(folder / "checkpoint.pt", state, folder)
+    named = {rows_name(rest["step"], i, len(bank)) for i in range(len(bank))}
     for path in folder.glob("bank-*.pt"):
-        if path.name not in [rows_name(rest["step"], i, len(bank)) for i in range(len(bank))]:
+        if re.fullmatch(r"bank-\d+-\d+-of-\d+\.pt", path.name) and path.name not in named:
             path.unlink()
 
 
@@ -182,7 +183,7 @@ def damage_named(path):
     """Whatever fails inside is a damaged checkpoint, and becomes a UserError that names it."""
     try:
         yield
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # there is no end to what bytes at random make a reader raise
         raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); "
@@ -237,15 +238,22 @@ def restore(folder, model, optimizers=()):
     UserError if any bit of it has changed, or if it has not exactly the tensors of this model.
     """
     path = folder / "checkpoint.pt"
-    state = read_checkpoint(folder, mmap=False)
+    while True:
+        state = read_checkpoint(folder, mmap=False)
+        try:
+            with damage_named(path):
+                check_archive(path)
+                rows = read_rows(folder, state)
+            break
+        except UserError:  # a run that trains on may have replaced its files meanwhile
+            if read_checkpoint(folder)["step"] == state["step"]:
+                raise
     step, states = state["step"], state["optimizers"]
     with damage_named(path):
-        check_archive(path)
         for name, tensor in model.state_dict().items():
             if name in state["model"]:
                 check_tensor(state["model"][name], tensor, f"model.{name}")
         names = banks_of(model)
-        rows = read_rows(folder, state, names)
         stored, in_state = stored_banks(model), not state["bank"]
         require(len(states) == 2 + bool(state["bank"]), "it has other optimizers")
         adamw = dict(states[1])
@@ -290,11 +298,12 @@ def bank_shape(bank):
         else tuple(bank.weight.shape)
 
 
-def read_rows(folder, state, names):
+def read_rows(folder, state):
     """The rows of the banks of a checkpoint: {name: [(dict of p, m, v, last and c, first id, stride)]}."""
-    files, step = {name: [] for name in names}, state["step"]
     with torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
+    names, step = banks_of(model), state["step"]
+    files = {name: [] for name in names}
     shapes = {name: model.get_submodule(name).weight.shape for name in names}
     if not state["bank"]:  # they are in checkpoint.pt; AdamW has them last
         adamw = state["optimizers"][1]
@@ -306,7 +315,9 @@ def read_rows(folder, state, names):
             files[name].append((dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1))
         return files
     for process, number in enumerate(state["bank"]):
-        path = folder / rows_name(step, process, len(state["bank"]))
+        path, (rank, world_size) = folder / rows_name(step, process, len(state["bank"])), processes()
+        if len(state["bank"]) == world_size and process != rank:
+            continue  # another process reads it
         require(path.exists(), f"its file {path.name} is missing")
         with damage_named(path):
             require(checksum(path) == number, "it belongs to another checkpoint")

@@ -238,7 +238,7 @@ def start_model(args, machine, data, saved, most, positions=None, change=None, *
     config = GPTConfig(**saved["config"]) if saved else make_config(args, data, **shape)
     if args.micro_batch is None:
         free = torch.cuda.mem_get_info(machine.device)[0] if args.device == "cuda" else None
-        args.micro_batch = choose_micro_batch(args, config, most, free)
+        args.micro_batch = min(machine.gather(choose_micro_batch(args, config, most, free)))
     model = build(config, args, machine.device, positions, change)
     if machine.main:
         describe(model, args, machine)
@@ -381,7 +381,8 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
             if (new or saved is None) and (step % args.eval_every == 0 or done):
                 training.evaluate()
             if done or stopping or (new and step % args.save_every == 0):
-                training.save()
+                if new or saved is None:  # else it is there
+                    training.save()
                 if after_save and machine.main and not stopping and can_sample(model):
                     model.eval()
                     after_save(step)
@@ -531,13 +532,11 @@ class Training:
         self.require_finite("a weight", not self.machine.sum([not finite])[0])
         not_saved = {"out_dir", "resume", "prompt", "sample", "save_npz"}
         flags = {flag: value for flag, value in vars(self.args).items() if flag not in not_saved}
-        sums = self.machine.together(lambda: save_rows(self.args.out_dir, self.model, self.step))
-        others = [0.0] * self.machine.world_size
-        others[self.machine.rank] = float(sums)
-        files = self.machine.sum(others) if stored_banks(self.model) else []
+        number = self.machine.together(lambda: save_rows(self.args.out_dir, self.model, self.step))
+        files = self.machine.gather(number) if stored_banks(self.model) else []
         self.machine.first(lambda: save_checkpoint(
             self.args.out_dir, self.model, self.optimizers, step=self.step, losses=self.losses, flags=flags,
-            data=self.data.identity(), meta=self.data.meta, bank=[int(checksum) for checksum in files]))
+            data=self.data.identity(), meta=self.data.meta, bank=files))
 
 
 def sum_gradients(model, large=1 << 22):
