@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from optimizers import fast_bfloat16
 from prepare_data import ArgumentParser, UserError
 from run_folder import first_line, newest_run, read_checkpoint
 
@@ -171,20 +172,6 @@ def resolve_flags(given, defaults, saved_flags=None):
         size = getattr(args, "size", None) or f"d{args.depth}"
         args.out_dir = Path("out") / f"{args.dataset}-{args.attention}-{memory}-{size}"
     return args
-
-
-def fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        capabilities = {}
-        if hasattr(torch.cpu, "get_capabilities"):
-            capabilities = torch.cpu.get_capabilities()
-        elif Path("/proc/cpuinfo").exists():
-            capabilities = dict.fromkeys(Path("/proc/cpuinfo").read_text().split(), True)
-        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return False
 
 
 def resolve_kernels(args):

@@ -19,9 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from command_line import Machine, fast_bfloat16, resolve_flags
+from command_line import Machine, resolve_flags
 from move import GPT, GPTConfig
-from optimizers import make_optimizers
+from optimizers import fast_bfloat16, make_optimizers
 from prepare_data import UserError, load_dataset, make_folder, write_file
 from run_folder import read_log
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text

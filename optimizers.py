@@ -1,5 +1,6 @@
 """Muon for the matrices, AdamW for the rest, and the schedule of their learning rates."""
 import math
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -8,12 +9,27 @@ from move import Linear, memory_parameter_groups
 from move_store import StoredAdamW, stored_banks
 
 
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities = {}
+        if hasattr(torch.cpu, "get_capabilities"):
+            capabilities = torch.cpu.get_capabilities()
+        elif Path("/proc/cpuinfo").exists():
+            capabilities = dict.fromkeys(Path("/proc/cpuinfo").read_text().split(), True)
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return False
+
+
 def orthogonalize(g, steps=5):
-    """Muon's Newton-Schulz iteration on a stack of matrices (n, rows, columns), in bfloat16 → the same shape:
-    each becomes about U Vᵀ of its singular value decomposition U S Vᵀ. Coefficients: Keller Jordan's."""
+    """Muon's Newton-Schulz iteration on a stack of matrices (n, rows, columns) → the same shape, in bfloat16:
+    each becomes about U Vᵀ of its singular value decomposition U S Vᵀ. Coefficients: Keller Jordan's.
+    In float32 where bfloat16 is not fast: a CPU without AVX-512 has no products of it, and needs seconds."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.size(1) > g.size(2)
-    x = g.mT.bfloat16() if tall else g.bfloat16()
+    x = (g.mT if tall else g).to(torch.bfloat16 if fast_bfloat16(g.device.type) else torch.float32)
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7).view(-1, 1, 1)
     for _ in range(steps):
         gram = x @ x.mT
@@ -23,8 +39,8 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_shared(matrices):
-    """Matrices of one shape → (n, rows, columns), bfloat16. Each process of a distributed run does its share,
-    and they exchange the results: these products are most of what Muon costs."""
+    """Matrices of one shape → (n, rows, columns). Each process of a distributed run does its share, and they
+    exchange the results, in bfloat16: these products are most of what Muon costs."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
         return orthogonalize(torch.stack(matrices))

@@ -22,6 +22,7 @@ from conftest import HERE, command, fails, log_of
 
 import command_line
 import move
+import optimizers
 import prepare_data
 import run_folder
 import train_gpt
@@ -416,7 +417,10 @@ def test_parts_that_move_py_has_not_are_optimized_too():
     assert len(held) == len(set(held)) and set(held) == set(model.parameters())
 
 
-def test_muon_on_stacks_is_torchs_muon():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_on_stacks_is_torchs_muon(dtype, monkeypatch):
+    monkeypatch.setattr(optimizers, "fast_bfloat16", lambda device: dtype == torch.bfloat16)
+    assert orthogonalize(torch.randn(1, 3, 2)).dtype == dtype
     torch.manual_seed(0)
     shapes = [(16, 16)] * 5 + [(64, 16)] * 3 + [(16, 64)] * 2 + [(6, 32), (7, 5), (1, 9)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
