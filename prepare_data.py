@@ -122,15 +122,21 @@ def run(main, advice="close other programs"):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
+    code = 0
     try:
         with memory_advice(lambda: advice):
             main()
     except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's, which Gloo's threads may abort at its end
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------- files and folders
