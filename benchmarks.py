@@ -17,11 +17,11 @@ from torch import nn
 
 from command_line import ends_together, set_up_machine
 from move import GPT, GPTConfig, ValueBank, sample
-from move_store import StoredBank, borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
+from move_store import borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
-from train_gpt import load_run, sum_gradients
+from train_gpt import build, load_run, sum_gradients
 
 
 def read_samples(path):
@@ -245,19 +245,14 @@ class Home:
     """A model whose bank has this home, and its training steps. For one process 'gpu' is a plain bank."""
 
     def __init__(self, home, config, machine):
-        from move_fast import accelerate, zero_grad  # needs Triton
+        from move_fast import zero_grad  # needs Triton
         torch.manual_seed(0)
         self.home, self.machine, cuda = home, machine, machine.device.type == "cuda"
-        dtype = torch.bfloat16 if cuda else torch.float32
+        dtype = "bfloat16" if cuda else "float32"
         self.before = torch.cuda.memory_allocated() if cuda else 0  # bytes of the models before this one
-        stored = partial(StoredBank, home=home, device=machine.device, dtype=dtype, compiled=cuda)
-        plain = home == "gpu" and machine.world_size == 1
-        self.model = GPT(config, dtype, bank=ValueBank if plain else stored)
-        for module in self.model.modules():
-            if isinstance(module, ValueBank):
-                module.to(dtype)
-        self.model.to(machine.device)
-        self.zero_grad = zero_grad if cuda and accelerate(self.model) else nn.Module.zero_grad
+        args = argparse.Namespace(dtype=dtype, bank_dtype=dtype, bank_home=home, kernels=cuda, compile=cuda)
+        self.model = build(config, args, machine.device)
+        self.zero_grad = zero_grad if args.kernels else nn.Module.zero_grad
         self.optimizers = make_optimizers(self.model)
         self.compiled = torch.compile(self.model, fullgraph=True) if cuda else self.model
         self.seconds, self.loss, self.peak = [], None, 0

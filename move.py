@@ -453,7 +453,7 @@ class GPT(nn.Module):
     dtype: of the activations, by default the parameters'; bfloat16 is the fast one on a GPU.
     positions (seq_len, axes): see rotary_embedding; by default 0, 1, 2, … on one axis. The state_dict
     holds their cos and sin. The same seed gives the same transformer whatever its memory is.
-    bank: what makes the banks, called as ValueBank is; see move_store.py.
+    bank: the class of the banks, or a function like it, for banks that live elsewhere (move_store.py).
     """
 
     def __init__(self, config, dtype=None, positions=None, bank=ValueBank):

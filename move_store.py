@@ -520,10 +520,6 @@ class StoredAdamW:
             for bank in group["banks"]:
                 bank.update(group["lr"])
 
-    def state_dict(self):
-        """None of its own: it is with the rows."""
-        return dict(state={})
-
 
 # ------------------------------------------------------------------------------------------ on disk
 

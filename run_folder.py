@@ -42,7 +42,8 @@ from prepare_data import UserError, check_form, check_meta, decoder_files, ident
 # ------------------------------------------------------------------------------ the folder and its lock
 
 
-LEFT = re.compile(r"\.(checkpoint\.pt|bank-\d+-\d+-of-\d+\.pt|curves\.png)\.[0-9a-f]{16}")  # see write_file
+ROWS = r"bank-\d+-\d+-of-\d+\.pt"  # see rows_name
+LEFT = rf"\.(checkpoint\.pt|{ROWS}|curves\.png)\.[0-9a-f]{{16}}"  # see write_file
 FIRST_RECORD = b'{"step": 0, "val_bits_per_'  # so starts each log of ours
 
 
@@ -78,7 +79,7 @@ def only_run(folder, resume):
         if not resume and (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume, or give another --out_dir")
         for path in folder.glob(".*.????????????????"):  # what a kill left of files half written
-            if LEFT.fullmatch(path.name):
+            if re.fullmatch(LEFT, path.name):
                 path.unlink()
         yield
     finally:
@@ -120,35 +121,36 @@ class Log:
 
 FORMAT = 4
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
-            data=dict, meta=dict, model=dict, optimizers=list, bank=list)
+            data=dict, meta=dict, model=dict, optimizers=list, rows=list)
 
 
-def save_checkpoint(folder, model, optimizers, bank, **rest):
+def save_checkpoint(folder, model, optimizers, rows, **rest):
     """Writes checkpoint.pt, whole or not at all. UserError if it cannot be written; the old one is kept.
 
-    bank: the checksums of the files that save_rows has written, in the order of the processes; [] if there
-    is no stored bank. It is written last, and names them: so all files together are whole, or the old ones.
+    rows: the checksums of the files that save_rows has written, in the order of the processes; [] if there
+    is no stored bank. checkpoint.pt is written last: so all files together are whole, or the old ones are.
     rest: step; losses of the steps since the last line of the log; flags of the run; identity of the data
     set as `data`; its `meta`. Of the optimizers only their state is kept: rates follow from flags and step.
     """
-    apart = stored_banks(model)
-    tensors = {name: tensor for name, tensor in model.state_dict().items()
-               if not any(name.startswith(f"{bank}.") for bank in apart)}
-    state = dict(format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, bank=bank,
-                 optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers], **rest)
-    write_checkpoint(folder / "checkpoint.pt", state, folder)
-    named = {rows_name(rest["step"], i, len(bank)) for i in range(len(bank))}
+    apart = tuple(f"{bank}." for bank in stored_banks(model))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(apart)}
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers
+              if isinstance(optimizer, torch.optim.Optimizer)]  # that of StoredAdamW is with the rows
+    write_checkpoint(folder / "checkpoint.pt", dict(
+        format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, rows=rows, optimizers=states,
+        **rest))
+    named = {rows_name(rest["step"], i, len(rows)) for i in range(len(rows))}
     for path in folder.glob("bank-*.pt"):
-        if re.fullmatch(r"bank-\d+-\d+-of-\d+\.pt", path.name) and path.name not in named:
+        if re.fullmatch(ROWS, path.name) and path.name not in named:
             path.unlink()
 
 
-def write_checkpoint(path, state, folder):
-    """UserError if it cannot be written."""
+def write_checkpoint(path, state):
+    """Writes one of its files. UserError if it cannot be written."""
     try:
         write_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
-        kept = "the one before is kept" if (folder / "checkpoint.pt").exists() else "there is none yet"
+        kept = "the one before is kept" if (path.parent / "checkpoint.pt").exists() else "there is none yet"
         raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; "
                         "make room and --resume") from None
 
@@ -163,7 +165,7 @@ def save_rows(folder, model, step):
     if not stored_banks(model):
         return 0
     path = folder / rows_name(step, *processes())
-    write_checkpoint(path, content_to_save(model), folder)
+    write_checkpoint(path, content_to_save(model))
     return checksum(path)
 
 
@@ -206,8 +208,8 @@ def read_checkpoint(folder, mmap=True):
         check_form(state, FORM, "")
         require(all(type(loss) is float for loss in state["losses"]), "losses are no numbers")
         require(all(type(flag) is str for flag in state["flags"]), "flags have no names")
-        require(all(type(number) is int for number in state["bank"]), "bank has no checksums")
-        check_config(state["config"], state["model"], bool(state["bank"]))
+        require(all(type(number) is int for number in state["rows"]), "rows are no checksums")
+        check_config(state["config"], state["model"], bool(state["rows"]))
         meta, config = check_meta(state["meta"]), state["config"]
         fits = identity(meta) == state["data"] and 0 <= config["vocab_size"] - meta["vocab_size"] < 64 and (
             meta["kind"] == "text" or config["seq_len"] == math.prod(meta["grid"]))
@@ -237,44 +239,40 @@ def restore(folder, model, optimizers=()):
 
     UserError if any bit of it has changed, or if it has not exactly the tensors of this model.
     """
-    path = folder / "checkpoint.pt"
+    path, stored = folder / "checkpoint.pt", stored_banks(model)
     while True:
         state = read_checkpoint(folder, mmap=False)
         try:
             with damage_named(path):
                 check_archive(path)
-                rows = read_rows(folder, state)
+                files = read_rows(folder, state) if state["rows"] else {}
             break
         except UserError:  # a run that trains on may have replaced its files meanwhile
             if read_checkpoint(folder)["step"] == state["step"]:
                 raise
-    step, states = state["step"], state["optimizers"]
+    step, names = state["step"], banks_of(model)
     with damage_named(path):
-        for name, tensor in model.state_dict().items():
-            if name in state["model"]:
-                check_tensor(state["model"][name], tensor, f"model.{name}")
-        names = banks_of(model)
-        stored, in_state = stored_banks(model), not state["bank"]
-        require(len(states) == 2 + bool(state["bank"]), "it has other optimizers")
-        adamw = dict(states[1])
-        if in_state and stored:  # AdamW has the banks last
-            for i in range(len(adamw) - len(names), len(adamw)) if step else ():
-                del adamw[i]
+        muon, adamw = state["optimizers"]
+        if stored and not files:
+            files = rows_in_checkpoint(state, names)
+            adamw = {i: adamw[i] for i in range(len(adamw) - len(names) * bool(step))}
         for name in names:
             if name in stored:
-                load_stored(stored[name], rows[name], step)
-            elif not in_state:
+                load_stored(stored[name], files[name], step)
+            elif files:
                 weight = model.get_submodule(name).weight
-                moments = [torch.zeros(weight.shape, dtype=weight.dtype) for _ in optimizers]
-                load_plain(weight.data, rows[name], step, moments=moments)
-                if optimizers and step:
-                    adamw[len(adamw)] = dict(zip(("step", "exp_avg", "exp_avg_sq"),
-                                                 (torch.tensor(float(step)), *moments), strict=True))
-        own = {name: tensor for name, tensor in state["model"].items()
-               if not any(name == f"{bank}.weight" for bank in stored)}
-        missing, other = model.load_state_dict(own, strict=False)
-        require(not other, f"it has other tensors: {other}")
-        for optimizer, saved in zip(optimizers, (states[0], adamw), strict=False):
+                moments = [torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2 * bool(optimizers))]
+                load_plain(weight.data, files[name], step, moments=moments)
+                if moments and step:
+                    adamw[len(adamw)] = dict(step=torch.tensor(float(step)), exp_avg=moments[0],
+                                             exp_avg_sq=moments[1])
+        weights = {name: tensor for name, tensor in state["model"].items()
+                   if name not in {f"{bank}.weight" for bank in stored}}
+        for name, tensor in model.state_dict().items():
+            if name in weights:
+                check_tensor(weights[name], tensor, f"model.{name}")
+        model.load_state_dict(weights, strict=False)  # check_config has looked at the names
+        for optimizer, saved in zip(optimizers, (muon, adamw), strict=False):
             check_optimizer(optimizer, saved, step)
             optimizer.load_state_dict(dict(state=saved, param_groups=optimizer.state_dict()["param_groups"]))
     return step, state["losses"]
@@ -298,34 +296,37 @@ def bank_shape(bank):
         else tuple(bank.weight.shape)
 
 
+def rows_in_checkpoint(state, names):
+    """As read_rows, of banks that are in checkpoint.pt itself. AdamW has them last."""
+    files, (_, adamw), step = {}, state["optimizers"], state["step"]
+    for i, name in enumerate(names):
+        p = state["model"][f"{name}.weight"]
+        moments = adamw[len(adamw) - len(names) + i] if step else {}
+        m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
+        last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
+        files[name] = [(dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1)]
+    return files
+
+
 def read_rows(folder, state):
-    """The rows of the banks of a checkpoint: {name: [(dict of p, m, v, last and c, first id, stride)]}."""
+    """The rows of stored banks: {name: [(dict of p, m, v, last and c, first id, stride) of each file]}."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
-    names, step = banks_of(model), state["step"]
-    files = {name: [] for name in names}
-    shapes = {name: model.get_submodule(name).weight.shape for name in names}
-    if not state["bank"]:  # they are in checkpoint.pt; AdamW has them last
-        adamw = state["optimizers"][1]
-        for i, name in enumerate(names):
-            p = state["model"][f"{name}.weight"]
-            moments = adamw.get(len(adamw) - len(names) + i, {}) if step else {}
-            m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
-            last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
-            files[name].append((dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1))
-        return files
-    for process, number in enumerate(state["bank"]):
-        path, (rank, world_size) = folder / rows_name(step, process, len(state["bank"])), processes()
-        if len(state["bank"]) == world_size and process != rank:
+    shapes = {name: model.get_submodule(name).weight.shape for name in banks_of(model)}
+    files, step, n = {name: [] for name in shapes}, state["step"], len(state["rows"])
+    rank, world_size = processes()
+    for process, number in enumerate(state["rows"]):
+        if n == world_size and process != rank:
             continue  # another process reads it
+        path = folder / rows_name(step, process, n)
         require(path.exists(), f"its file {path.name} is missing")
         with damage_named(path):
             require(checksum(path) == number, "it belongs to another checkpoint")
             check_archive(path)
-            n, content = len(state["bank"]), torch.load(path, "cpu", weights_only=True, mmap=True)
-            require(content.keys() == set(names), "it has other banks")
-            for name in names:
-                check_rows(content[name], len(range(process, shapes[name][0], n)), *shapes[name][1:], step)
+            content = torch.load(path, "cpu", weights_only=True, mmap=True)
+            require(content.keys() == shapes.keys(), "it has other banks")
+            for name, (V, M, d) in shapes.items():
+                check_rows(content[name], len(range(process, V, n)), M, d, step)
                 files[name].append((content[name], process, n))
     return files
 

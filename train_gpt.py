@@ -444,6 +444,7 @@ class Training:
         set_learning_rates(self.optimizers, schedule(self.step, args.max_steps))
         for optimizer in self.optimizers:
             optimizer.step()
+        self.model.zero_grad()  # an evaluation has room for more
         self.step += 1
 
     def load(self):
@@ -536,7 +537,7 @@ class Training:
         files = self.machine.gather(number) if stored_banks(self.model) else []
         self.machine.first(lambda: save_checkpoint(
             self.args.out_dir, self.model, self.optimizers, step=self.step, losses=self.losses, flags=flags,
-            data=self.data.identity(), meta=self.data.meta, bank=files))
+            data=self.data.identity(), meta=self.data.meta, rows=files))
 
 
 def sum_gradients(model, large=1 << 22):

@@ -591,7 +591,7 @@ def test_files_that_contradict_their_checkpoint(change, runs, tmp_path):
     content["bank"].update(change)
     torch.save(content, path)
     state = checkpoint(tmp_path / "run")
-    torch.save(dict(state, bank=[run_folder.checksum(path)]), tmp_path / "run" / "checkpoint.pt")
+    torch.save(dict(state, rows=[run_folder.checksum(path)]), tmp_path / "run" / "checkpoint.pt")
     fails(train_gpt, ["--resume", "--max_steps", 20, "--out_dir", tmp_path / "run"], "bank-12-0-of-1.pt")
 
 
@@ -601,7 +601,7 @@ def test_rows_that_are_not_finite(runs, tmp_path):
     content = torch.load(path, weights_only=True)
     content["bank"]["v"][5, 0, 0] = float("nan")
     torch.save(content, path)
-    torch.save(dict(checkpoint(tmp_path / "run"), bank=[run_folder.checksum(path)]),
+    torch.save(dict(checkpoint(tmp_path / "run"), rows=[run_folder.checksum(path)]),
                tmp_path / "run" / "checkpoint.pt")
     fails(train_gpt, ["--resume", "--max_steps", 20, "--out_dir", tmp_path / "run"], "checkpoint")
 
