@@ -294,13 +294,14 @@ class Home:
 def link_speed(device, size=1 << 30):
     """GB/s of rows from pinned host memory to the GPU, and back."""
     memory = host_memory((size // 65536, 1, 16384), torch.float32, device)[1]
-    rows, here = torch.randperm(len(memory), device=device), torch.zeros_like(memory, device=device)
+    here = torch.zeros_like(memory, device=device)
+    rows, every = torch.randperm(len(memory), device=device), torch.arange(len(memory), device=device)
     speeds = []
     for to, source in ((here, memory), (memory, here)):
         for _ in range(2):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            copy_rows(to, None, source, rows)
+            copy_rows(to, every, source, rows)
             torch.cuda.synchronize()
         speeds.append(size / (time.perf_counter() - start) / 1e9)
     return speeds

@@ -735,11 +735,8 @@ def copy_rows_kernel(to, to_rows, source, source_rows, n, width, BLOCK: tl.const
 
 def copy_rows(to, to_rows, source, source_rows):
     """to[to_rows] = source[source_rows] for (n, M, d) tensors, of which one may be pinned host memory: the
-    bytes cross the link once. Rows: int64 (n,), or None for all in order."""
-    n = len(source if source_rows is None else source_rows)
-    if n:
-        to_rows, source_rows = (torch.arange(n, device=to.device) if r is None else r
-                                for r in (to_rows, source_rows))
+    bytes cross the link once. Rows: int64 (n,)."""
+    if n := len(source_rows):
         word = torch.int32 if to[0].numel() * to.element_size() % 4 == 0 else torch.int16
         to, source = (t.flatten(1).view(word) for t in (to, source))
         copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)

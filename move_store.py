@@ -26,7 +26,6 @@ after step r, not as it fades. Where √v is not far from eps, a row that waits 
 Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is here all that an id has,
 (M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
 """
-import contextlib
 import weakref
 
 import numpy as np
@@ -142,8 +141,8 @@ class HostRows(DeviceRows):
     """Rows in host memory. The device holds copies of those in use, in slots, and keeps them while there is
     room: ids that come in every batch never leave it. `moved` counts the rows that came and went.
 
-    On CUDA the host memory is pinned and has an address for the GPU. A second stream brings the rows of the
-    next step while this one computes, and takes away those that make room.
+    On CUDA the host memory is pinned and has an address for the GPU. Rows move in a second stream: those of
+    the next step come while this one computes.
     """
 
     def __init__(self, n, n_slots, dim, dtype, device):
@@ -158,104 +157,51 @@ class HostRows(DeviceRows):
 
     def make_slots(self, n):
         self.near = None  # frees them before there are new ones
-        self.near = tuple(t.new_empty(n, *t.shape[1:]) for t in self.home)
+        self.near = tuple(tensor.new_empty(n, *tensor.shape[1:]) for tensor in self.home)
         self.slot_of[:] = -1
-        self.row_in, self.used, self.staged = np.full(n, -1), np.zeros(n, dtype=np.int64), None
-
-    def on_stream(self):
-        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
-
-    def wait(self, first, then):
-        """The work that is put into the second stream from now on starts after that in the first."""
-        if self.stream:
-            streams = dict(stream=self.stream, main=torch.cuda.current_stream(self.device))
-            streams[then].wait_stream(streams[first])
+        self.row_in, self.used = np.full(n, -1), np.full(n, -1)
 
     def hold(self, rows):
         if len(rows) > len(self.row_in):
             self.flush()
-            self.wait("stream", "main")
-            self.make_slots(min(len(self.slot_of), len(rows) + len(rows) // 4 + 64))
-        self.clock += 1
-        slots = self.slot_of[rows]
-        self.used[slots[slots >= 0]] = self.clock
-        new = rows[slots < 0]
-        free = np.flatnonzero(self.row_in < 0)
-        if len(free) < len(new):
-            old = np.flatnonzero(self.used < self.clock)
-            old = old[self.row_in[old] >= 0]
-            old = old[np.argsort(self.used[old], kind="stable")][:len(new) - len(free)]
-            self.take_away(old)
-            free = np.concatenate((free, old))
-        if len(new):
-            self.bring(new, free[:len(new)])
+            self.make_slots(min(len(self.slot_of), len(rows) * 3 // 2))  # two batches share many of their ids
+        self.clock += 2
+        self.bring(rows, self.clock)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return to_device(self.slot_of[rows], self.device)
 
-    def take_away(self, slots):
-        """Writes the rows of these slots to host memory; the slots are free."""
-        rows, index = self.row_in[slots], to_device(slots, self.device)
-        values = [tensor[index] for tensor in self.near]
-        self.write(rows, values)
-        self.slot_of[rows], self.row_in[slots] = -1, -1
-        self.moved += len(rows)
-
-    def write(self, rows, values):
-        index = to_device(rows, self.device)
-        self.wait("main", "stream")
-        with self.on_stream():
-            for tensor, value in zip(self.home, values, strict=True):
-                copy_rows(tensor, index, value, None)
-                if self.stream:
-                    value.record_stream(self.stream)
-            if self.stream:
-                index.record_stream(self.stream)
-
-    def fetch(self, rows):
-        """Copies of rows in host memory, made in the second stream."""
-        index = to_device(rows, self.device)
-        self.wait("main", "stream")
-        with self.on_stream():
-            values = [tensor.new_empty(len(rows), *tensor.shape[1:]) for tensor in self.home]
-            for tensor, value in zip(self.home, values, strict=True):
-                copy_rows(value, None, tensor, index)
-        ready = None
-        if self.stream:
-            index.record_stream(self.stream)
-            ready = self.stream.record_event()
-        return values, ready
-
-    def bring(self, rows, slots):
-        """Rows that are not on the device come into these slots."""
-        staged, values = self.staged or (rows[:0], None)
-        at = np.searchsorted(staged, rows)
-        there = np.append(staged, -1)[at] == rows  # those that were prefetched
-        parts = [(slots[there], at[there], values)] if there.any() else []
-        if not there.all():
-            missing = rows[~there]
-            parts.append((slots[~there], np.arange(len(missing)), self.fetch(missing)))
-        for to, at, (values, ready) in parts:
-            to, at = to_device(to, self.device), to_device(at, self.device)
-            if ready:  # not for what is written back meanwhile
-                torch.cuda.current_stream(self.device).wait_event(ready)
-            for tensor, value in zip(self.near, values, strict=True):
-                tensor[to] = value[at]
-                if self.stream:
-                    value.record_stream(torch.cuda.current_stream(self.device))
-        self.slot_of[rows], self.row_in[slots], self.used[slots] = slots, rows, self.clock
-        self.staged = None
-        self.moved += len(rows)
-
     def prefetch(self, rows):
-        rows = rows[self.slot_of[rows] < 0]
-        self.staged = (rows, self.fetch(rows)) if len(rows) else None
+        self.bring(rows, self.clock + 1)
+
+    def bring(self, rows, use):
+        """These rows come into slots, in the place of those that were not used for longest; a prefetch takes
+        none from the rows held now. use: what the clock says of it."""
+        slots = self.slot_of[rows]
+        self.used[slots[slots >= 0]] = use
+        room = np.flatnonzero(self.used < self.clock)
+        to = room[np.argsort(self.used[room], kind="stable")][:np.count_nonzero(slots < 0)]
+        new = rows[slots < 0][:len(to)]
+        full = to[self.row_in[to] >= 0]
+        old = self.row_in[full]
+        self.copy(self.home, old, self.near, full)
+        self.copy(self.near, to, self.home, new)
+        self.slot_of[old] = -1
+        self.slot_of[new], self.row_in[to], self.used[to] = to, new, use
+        self.moved += len(old) + len(new)
+
+    def copy(self, to, to_rows, source, source_rows):
+        """In the second stream, after the work that is in the first one by now."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):  # on a CPU it is None and this does nothing
+            to_rows, source_rows = to_device(to_rows, self.device), to_device(source_rows, self.device)
+            for a, b in zip(to, source, strict=True):
+                copy_rows(a, to_rows, b, source_rows)
 
     def flush(self):
         slots = np.flatnonzero(self.row_in >= 0)
-        index = to_device(slots, self.device)
-        for start in range(0, len(slots), 1024):
-            part = slice(start, start + 1024)
-            self.write(self.row_in[slots[part]], [tensor[index[part]] for tensor in self.near])
-        self.wait("main", "stream")
+        self.copy(self.home, self.row_in[slots], self.near, slots)
         if self.stream:
             self.stream.synchronize()
 
@@ -296,14 +242,12 @@ def unpin(pointer):
 
 
 def copy_rows(to, to_rows, source, source_rows):
-    """to[to_rows] = source[source_rows], of tensors (n, M, d); None: all rows in order."""
+    """to[to_rows] = source[source_rows], of tensors (n, M, d)."""
     if to.is_cuda:
         from move_fast import copy_rows as kernel
         kernel(to, to_rows, source, source_rows)
-    elif source_rows is not None:
-        torch.index_select(source, 0, source_rows, out=to)
     else:
-        to[to_rows] = source
+        to[to_rows] = source[source_rows]
 
 
 # --------------------------------------------------------------------------- the bank that borrows

@@ -272,8 +272,12 @@ def test_only_rows_that_are_needed_move():
     assert moved(700, 701, 702) == 6  # three came and three went, of those that were not used for longest
     assert moved(*range(50)) == 0 and moved(*range(500, 500 + new)) == 0
     assert moved(*range(50, 100)) == 3 + 3
+    before = rows.moved
     bank.prefetch(np.arange(800, 820))
-    assert rows.moved and moved(*range(800, 820)) == 40
+    assert rows.moved == before + 40 and moved(*range(800, 820)) == 0
+    assert moved(*range(50, 100)) == 0  # they were in use when the others came
+    bank.prefetch(np.arange(0, 900))  # comes as far as there is room
+    assert moved(*range(50, 100)) == 0 and moved(*range(400)) > 0
     assert moved(*range(900)) > 800 and len(rows.row_in) >= 900  # more slots
 
 
