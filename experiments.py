@@ -55,6 +55,19 @@ from train_gpt import TextWindows, load_run
 
 # ------------------------------------------------------------------------------------------ experiments
 
+GAIN = "gain over no memory, bits per byte"
+
+
+def gains_over(without, results):
+    """(steps, how many bits per byte fewer than `without`) of the mean validation curve of one method."""
+    steps, bits = curves(results)
+    return steps, curves(without)[1] - bits
+
+
+def gains(done):
+    """The lines of the methods other than "none", over that one."""
+    return {label: gains_over(done["none"], rs) for label, rs in done.items() if label != "none"}
+
 
 def parity(lab):
     """No memory, LaVE-×1 and MoVE-×1: bits per byte against steps and seconds."""
@@ -88,8 +101,10 @@ def scaling(lab):
     sentences, lines, gains = [], {}, {}
     for depth, memory in itertools.product(depths, ("lave", "move")):
         series = [done[memory, n, depth] for n in sizes[depth]]
+        without = done["none", 0, depth]
         lines[f"{memory}, depth {depth}"] = ([lab.memory_parameters(memory, n, depth) for n in sizes[depth]],
-                                             [mean(rs) for rs in series], [noise(rs) for rs in series])
+                                             [mean(without) - mean(rs) for rs in series],
+                                             [noise(rs) for rs in series])
         best = 0
         while best + 1 < len(series) and differ(series[best], series[best + 1]) > 0:
             best += 1
@@ -100,13 +115,12 @@ def scaling(lab):
             sentences.append(f"{memory}, depth {depth}: each step to more slots helps more than seeds differ "
                              + (f"up to M = {sizes[depth][best]}." if best else "nowhere."))
         if memory == "move":
-            without = curves(done["none", 0, depth])[1]
-            for n, (steps, bits) in zip(sizes[depth], map(curves, series), strict=True):
-                gains[label + str(n)] = steps * lab.flags["batch_tokens"] / lab.vocab_size, without - bits
+            for n in sorted({few, max(1, depth // 2), many}):
+                steps, gain = gains_over(without, done["move", n, depth])
+                gains[label + str(n)] = steps * lab.flags["batch_tokens"] / lab.vocab_size, gain
     lab.write(table, sentences, [
-        dict(lines=lines, xlabel="memory parameters", ylabel="validation, bits per byte", xscale="log"),
-        dict(lines=gains, xlabel="tokens seen per row", ylabel="gain over no memory, bits per byte",
-             xscale="log")])
+        dict(lines=lines, xlabel="memory parameters", ylabel=GAIN, xscale="log"),
+        dict(lines=gains, xlabel="tokens seen per row", ylabel=GAIN, xscale="log")])
 
 
 def ablation(lab):
@@ -124,10 +138,11 @@ def ablation(lab):
                        for (memory, gate), rs in done.items()])
     sentences = [compare("one bank", done["move", True], "tables of layers", done["lave", True]),
                  compare("a gate on the ordinary value", done["move", True], "none", done["move", False])]
+    cells = {name: [done[memory, gate] for gate in (False, True)] for memory, name in names.items()}
     lab.write(table, sentences, [
-        dict(lines={f"{names[memory]}, g_0 {'gated' if gate else '= 1'}": curves(rs)
-                    for (memory, gate), rs in done.items()},
-             xlabel="steps", ylabel="validation, bits per byte")])
+        dict(lines={name: ([0, 1], *([f(rs) for rs in pair] for f in (mean, noise)))
+                    for name, pair in cells.items()},
+             xlabel="g_0", ylabel="validation, bits per byte", xticks=[0, 1], xticklabels=["1", "gated"])])
 
 
 # --- gates
@@ -214,11 +229,9 @@ def gate_init(lab):
                      ", ".join(str(layer + 1) for layer in layers) or "none"])
     table = lab.table(["start", "bits per byte", "g_0 in the end", "g_i in the end", "collapsed layers"],
                       rows)
-    panels = [dict(lines={name: curves(rs) for name, rs in done.items()}, xlabel="steps",
-                   ylabel="validation, bits per byte")]
-    for key in ("g_0", "g_i"):
-        panels.append(dict(lines={name: (rs[0]["curve"]["steps"], [np.mean(g) for g in rs[0][key]])
-                                  for name, rs in done.items()}, xlabel="steps", ylabel=f"mean {key}"))
+    panels = [dict(lines={name: (rs[0]["curve"]["steps"], [np.mean(g) for g in rs[0][key]])
+                          for name, rs in done.items()}, xlabel="steps", ylabel=f"mean {key}")
+              for key in ("g_0", "g_i")]
     sentences = [compare(f"a start open to the {name}", done[name], "a neutral one", done["neutral"])
                  for name in ("memory", "context")]
     lab.write(table, sentences, panels)
@@ -323,11 +336,9 @@ def gradient_highway(lab):
     one = done["MoVE-×1, one layer trains the bank"]
     lab.write(table, [compare("MoVE-×1", done["MoVE-×1"], "one layer that trains the bank", one),
                       compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])],
-              [dict(lines=lines, xlabel="layer with a router", ylabel="mean gradient norm of a row",
-                    yscale="log"),
+              [dict(lines=lines, xlabel="layer with a memory", ylabel="mean gradient norm of a row"),
                dict(lines=used, xlabel="steps", ylabel="share of rows that have had a gradient"),
-               dict(lines={label: curves(rs) for label, rs in done.items()}, xlabel="steps",
-                    ylabel="validation, bits per byte")])
+               dict(lines=gains(done), xlabel="steps", ylabel=GAIN)])
 
 
 # --- mla, keys
@@ -393,8 +404,7 @@ def keys(lab):
                       [[label, spread(rs), f"{mean(rs, 'tokens_per_s'):,.0f}"] for label, rs in done.items()])
     pairs = [(f"last two ids, M = {n}", f"last id, M = {n}") for n in (half, 4 * half)]
     lab.write(table, [compare(a, done[a], b, done[b]) for a, b in pairs],
-              [dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
-                    ylabel="validation, bits per byte") for against in ("steps", "seconds")])
+              [dict(lines=gains(done), xlabel="steps", ylabel=GAIN)])
 
 
 # --- late
