@@ -286,13 +286,25 @@ def test_absorbed_latent_attention_is_the_expanded_one(n_slots):
     rotary = rotary_embedding(torch.arange(11)[:, None], 6)
     expanded, absorbed = (layer(x, rotary, memory, c) for c in (None, cache))
     assert (expanded - absorbed).abs().max() < 1e-5 and expanded.std() > 0.05
-    # The memory went into the latent: c_S of the cache is g_0 ⊙ c_KV + Σ g_i ⊙ M_i, group by group.
-    c = move.rms_norm(layer.w_down(x)[..., :12])
+    # The memory went into the latent: c_S of the cache is g_0 ⊙ c_KV + Σ g_i ⊙ M_i, group by group, normed.
+    c = layer.w_down(x)[..., :12]
     if n_slots:
         g = layer.mixer.gates(x)  # (2, 11, 4, 4): four groups of three
         mixed = [sum(g[..., j // 3, i + 1] * memory[..., i, j] for i in range(3)) for j in range(12)]
         c = torch.stack([g[..., j // 3, 0] * c[..., j] + mixed[j] for j in range(12)], -1)
+    c = c / c.square().mean(-1, keepdim=True).sqrt()
     assert torch.allclose(cache.stores[0][0], c, atol=1e-5)
+
+
+def test_the_keys_of_latent_attention_do_not_grow_with_the_memory():
+    """They have no norm of their own: a memory that grows would make attention ever sharper."""
+    layer = awake(MoVELatentAttention(32, 4, 3, kv_rank=12, rope_dim=6))
+    x, memory = torch.randn(2, 11, 32), torch.randn(2, 11, 3, 12)
+    rotary = rotary_embedding(torch.arange(11)[:, None], 6)
+    for factor in (1, 1000):
+        cache = KVCache(1, 2, 11, layer.cache_shapes)
+        layer(x, rotary, factor * memory, cache)
+        assert cache.stores[0].square().mean(-1).sub(1).abs().max() < 1e-3
 
 
 @all_kinds
