@@ -259,7 +259,7 @@ class Home:
 
     def bank_bytes(self):
         """Of this GPU's memory that the bank takes: rows or working set, gradients, moments, slots."""
-        stored = [t for bank in stored_banks(self.model).values() for t in bank.rows.near]
+        stored = [bank.rows.near for bank in stored_banks(self.model).values()]
         weights = [m.weight for m in self.model.modules() if isinstance(m, ValueBank)]
         tensors = [*weights, *weights, *(stored or weights + weights)]
         return sum(t.numel() * t.element_size() for t in tensors)

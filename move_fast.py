@@ -734,7 +734,7 @@ def copy_rows_kernel(to, to_rows, source, source_rows, n, width, BLOCK: tl.const
 
 
 def copy_rows(to, to_rows, source, source_rows):
-    """to[to_rows] = source[source_rows] for (n, M, d) tensors, of which one may be pinned host memory: the
+    """to[to_rows] = source[source_rows] for tensors (n, …), of which one may be pinned host memory: the
     bytes cross the link once. Rows: int64 (n,)."""
     if n := len(source_rows):
         word = torch.int32 if to[0].numel() * to.element_size() % 4 == 0 else torch.int16

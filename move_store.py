@@ -58,25 +58,24 @@ def wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def current(tensors, slots, last, c, eps):
-    """Rows (n, M, d), in float32 at least, as they are now. tensors: p and AdamW's moments m and v, of which
-    these are the `slots` (n,); last (n,): the step of their last update; c: the table."""
-    p, m, v = (wide(tensor[slots]) for tensor in tensors)
+def current(near, slots, last, c, eps):
+    """Rows (n, M, d), in float32 at least, as they are now. near (slots, 3, M, d): rows as after their last
+    update, with AdamW's moments: p, m, v. last (n,): the step of that update; c: the table."""
+    p, m, v = wide(near[slots]).unbind(1)
     return p - c[last].to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
 
 
-def update(tensors, slots, last, c, g, t, lr, betas, eps):
+def update(near, slots, last, c, g, t, lr, betas, eps):
     """AdamW's step t with the gradient g (n, M, d), of rows that may have missed some before; in place. c: as
     after step t - 1. t and lr: tensors (), so that nothing is compiled anew."""
     (beta1, beta2), g = betas, wide(g)
-    p = current(tensors, slots, last, c, eps)
-    m, v = (wide(tensor[slots]) for tensor in tensors[1:])
+    p = current(near, slots, last, c, eps)
+    _, m, v = wide(near[slots]).unbind(1)
     steps = (t - last).to(p.dtype).view(-1, 1, 1)
     m = m * beta1 ** steps + (1 - beta1) * g
     v = v * beta2 ** steps + (1 - beta2) * g * g
     p = p - lr / (1 - beta1 ** t) * m / ((v / (1 - beta2 ** t)).sqrt() + eps)
-    for tensor, new in zip(tensors, (p, m, v), strict=True):
-        tensor[slots] = new.to(tensor.dtype)
+    near[slots] = torch.stack((p, m, v), dim=1).to(near.dtype)
 
 
 class Steps:
@@ -111,12 +110,12 @@ class Steps:
 
 
 class DeviceRows:
-    """Rows in the memory of a device: p and AdamW's moments m and v, (n, M, d) each, in `home`; `last` (n,),
-    the step of each row's last update."""
+    """Rows in the memory of a device. home (n, 3, M, d): each row with AdamW's moments, p, m, v; last (n,):
+    the step of its last update."""
 
     def __init__(self, n, n_slots, dim, dtype, device):
-        self.home = tuple(torch.zeros(n, n_slots, dim, dtype=dtype, device=device) for _ in range(3))
-        self.near = self.to_save = self.home  # those that `hold` gives slots of, those to be saved
+        self.home = torch.zeros(n, 3, n_slots, dim, dtype=dtype, device=device)
+        self.near = self.to_save = self.home  # where `hold` gives slots, and what is saved
         self.last = torch.zeros(n, dtype=torch.int64, device=device)
 
     def hold(self, rows):
@@ -128,12 +127,11 @@ class DeviceRows:
         """Says which rows the next call of `hold` will name."""
 
     def flush(self):
-        """Now self.home holds the latest state of each row."""
+        """Now self.to_save holds the latest state of each row."""
 
     def put(self, rows, values, last):
         """Sets rows and their moments."""
-        for tensor, value in zip(self.home, values, strict=True):
-            tensor[rows] = value.to(tensor.device)
+        self.home[rows] = values.to(self.home.device)
         self.last[rows] = last.to(self.last.device)
 
 
@@ -147,8 +145,7 @@ class HostRows(DeviceRows):
 
     def __init__(self, n, n_slots, dim, dtype, device):
         self.device = device
-        memory = [host_memory((n, n_slots, dim), dtype, device) for _ in range(3)]
-        self.to_save, self.home = zip(*memory, strict=True)
+        self.to_save, self.home = host_memory((n, 3, n_slots, dim), dtype, device)  # the same memory
         self.last = torch.zeros(n, dtype=torch.int64, device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.slot_of = np.full(n, -1)
@@ -157,7 +154,7 @@ class HostRows(DeviceRows):
 
     def make_slots(self, n):
         self.near = None  # frees them before there are new ones
-        self.near = tuple(tensor.new_empty(n, *tensor.shape[1:]) for tensor in self.home)
+        self.near = self.home.new_empty(n, *self.home.shape[1:])
         self.slot_of[:] = -1
         self.row_in, self.used = np.full(n, -1), np.full(n, -1)
 
@@ -195,9 +192,7 @@ class HostRows(DeviceRows):
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):  # on a CPU it is None and this does nothing
-            to_rows, source_rows = to_device(to_rows, self.device), to_device(source_rows, self.device)
-            for a, b in zip(to, source, strict=True):
-                copy_rows(a, to_rows, b, source_rows)
+            copy_rows(to, to_device(to_rows, self.device), source, to_device(source_rows, self.device))
 
     def flush(self):
         slots = np.flatnonzero(self.row_in >= 0)
@@ -242,7 +237,7 @@ def unpin(pointer):
 
 
 def copy_rows(to, to_rows, source, source_rows):
-    """to[to_rows] = source[source_rows], of tensors (n, M, d)."""
+    """to[to_rows] = source[source_rows], of tensors (n, 3, M, d)."""
     if to.is_cuda:
         from move_fast import copy_rows as kernel
         kernel(to, to_rows, source, source_rows)
@@ -285,7 +280,7 @@ class StoredBank(nn.Module):
 
     def draw(self, generator):
         """The rows start as N(0, std²)."""
-        device, (M, d) = self.place.device, self.rows.home[0].shape[1:]
+        device, (M, d) = self.place.device, self.rows.home.shape[2:]
         if device.type == "cuda" and (generator is None or generator.device != device):
             seed = torch.randint(1 << 62, (), generator=generator).item()
             generator = torch.Generator(device).manual_seed(seed)
@@ -294,7 +289,7 @@ class StoredBank(nn.Module):
             drawn = torch.empty(min(step, self.vocab_size - start), M, d, device=device)
             nn.init.normal_(drawn, std=self.working_set.std, generator=generator)
             mine = drawn[self.rank::self.n]
-            self.rows.home[0][start // self.n:start // self.n + len(mine)] = mine
+            self.rows.home[start // self.n:start // self.n + len(mine), 0] = mine
 
     def forward(self, idx):
         if not self.training and not torch.is_grad_enabled():
@@ -469,11 +464,12 @@ class StoredAdamW:
 
 
 def content_to_save(model):
-    """What a file of this process holds: {name of the bank: dict of p, m, v, last of its rows, and c}."""
+    """What a file of this process holds: {name of the bank: dict of its rows (n, 3, M, d), p, m and v
+    each, their last steps, and c}."""
     content = {}
     for name, bank in stored_banks(model).items():
         bank.rows.flush()
-        content[name] = dict(zip("pmv", bank.rows.to_save, strict=True), last=bank.rows.last,
+        content[name] = dict(rows=bank.rows.to_save, last=bank.rows.last,
                              c=bank.steps.c[:bank.steps.t + 1].clone())
     return content
 
@@ -483,21 +479,20 @@ def rows_are_finite(model):
     banks = stored_banks(model).values()
     for bank in banks:
         bank.rows.flush()
-    return all(tensor[part].isfinite().all() for bank in banks for tensor in bank.rows.to_save
-               for part in bank.chunks(len(tensor)))
+    return all(bank.rows.to_save[part].isfinite().all() for bank in banks
+               for part in bank.chunks(len(bank.rows.to_save)))
 
 
 def pieces(state, first, stride):
-    """The rows of one bank in such a file, or of a whole bank, in pieces: (ids, (p, m, v), last)."""
+    """The rows of one bank in such a file, or of a whole bank, in pieces: (ids, rows, last)."""
     n = len(state["last"])
-    size = max(1, CHUNK // state["p"][:1].numel()) if n else 1
+    size = max(1, CHUNK // state["rows"][:1].numel()) if n else 1
     for start in range(0, n, size):
         part = slice(start, min(n, start + size))
         ids = torch.arange(first + stride * part.start, first + stride * part.stop, stride)
-        values = tuple(state[key][part] for key in "pmv")
-        if not all(value.isfinite().all() for value in values):
+        if not state["rows"][part].isfinite().all():
             raise ValueError("a bank has a number that is not finite")
-        yield ids, values, state["last"][part]
+        yield ids, state["rows"][part], state["last"][part]
 
 
 def load_stored(bank, files, step):
@@ -505,10 +500,9 @@ def load_stored(bank, files, step):
     for state, first, stride in files:
         if stride == bank.n and first != bank.rank:
             continue  # of another process
-        for ids, values, last in pieces(state, first, stride):
+        for ids, rows, last in pieces(state, first, stride):
             mine = ids % bank.n == bank.rank
-            rows = (ids[mine] // bank.n).to(bank.place.device)
-            bank.rows.put(rows, [t[mine] for t in values], last[mine])
+            bank.rows.put((ids[mine] // bank.n).to(bank.place.device), rows[mine], last[mine])
     c = files[0][0]["c"]
     bank.steps.t = step
     bank.steps.c = bank.steps.c.new_zeros(max(1024, 2 * step))
@@ -519,10 +513,9 @@ def load_plain(weight, files, step, betas=(0.8, 0.95), eps=1e-10, moments=None):
     """Fills the weight (V, M, d) of a plain bank, and AdamW's moments (exp_avg, exp_avg_sq) if they are
     given, from the files of a checkpoint: all rows as they are after `step`."""
     for state, first, stride in files:
-        for ids, (p, m, v), last in pieces(state, first, stride):
-            every = slice(None)
-            weight[ids.to(weight.device)] = current((p, m, v), every, last, state["c"], eps).to(weight)
+        for ids, rows, last in pieces(state, first, stride):
+            weight[ids.to(weight.device)] = current(rows, slice(None), last, state["c"], eps).to(weight)
             if moments:
                 steps = (step - last).view(-1, 1, 1).double()
-                for tensor, old, beta in zip(moments, (m, v), betas, strict=True):
+                for tensor, old, beta in zip(moments, rows.unbind(1)[1:], betas, strict=True):
                     tensor[ids] = (old * beta ** steps).to(tensor.dtype)

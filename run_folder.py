@@ -119,7 +119,7 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 4
+FORMAT = 5
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
             data=dict, meta=dict, model=dict, optimizers=list, rows=list)
 
@@ -304,12 +304,13 @@ def rows_in_checkpoint(state, names):
         moments = adamw[len(adamw) - len(names) + i] if step else {}
         m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
         last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
-        files[name] = [(dict(p=p, m=m, v=v, last=last, c=torch.zeros(step + 1).double()), 0, 1)]
+        rows = torch.stack((p, m, v), dim=1)
+        files[name] = [(dict(rows=rows, last=last, c=torch.zeros(step + 1).double()), 0, 1)]
     return files
 
 
 def read_rows(folder, state):
-    """The rows of stored banks: {name: [(dict of p, m, v, last and c, first id, stride) of each file]}."""
+    """The rows of stored banks: {name: [(dict of rows, last and c, first id, stride) of each file]}."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
     shapes = {name: model.get_submodule(name).weight.shape for name in banks_of(model)}
@@ -333,10 +334,10 @@ def read_rows(folder, state):
 
 def check_rows(state, n, n_slots, dim, step):
     """ValueError unless this is the state of n rows (M, d), of which the numbers are looked at later."""
-    require(state.keys() == {"p", "m", "v", "last", "c"} and all(map(torch.is_tensor, state.values())),
+    require(state.keys() == {"rows", "last", "c"} and all(map(torch.is_tensor, state.values())),
             "it has other entries")
-    require(all(state[key].shape == (n, n_slots, dim) and state[key].dtype == state["p"].dtype
-                and state[key].is_floating_point() for key in "pmv"), "its rows have another shape")
+    rows = state["rows"]
+    require(rows.shape == (n, 3, n_slots, dim) and rows.is_floating_point(), "its rows have another shape")
     last, c = state["last"], state["c"]
     require(last.shape == (n,) and last.dtype == torch.int64 and ((0 <= last) & (last <= step)).all(),
             "its rows have done other steps")

@@ -76,7 +76,7 @@ def rows_now(model):
              if name not in stored_banks(model)}
     for name, content in move_store.content_to_save(model).items():
         bank = stored_banks(model)[name]
-        found[name] = torch.zeros(bank.vocab_size, *content["p"].shape[1:], dtype=content["p"].dtype)
+        found[name] = torch.zeros(bank.vocab_size, *content["rows"].shape[2:], dtype=content["rows"].dtype)
         move_store.load_plain(found[name], [(content, 0, 1)], bank.steps.t, eps=bank.steps.eps)
     return found
 
@@ -106,7 +106,7 @@ def test_bfloat16_rows(home):
     plain, other = build(None, torch.float32)
     model = GPT(plain.config, bank=functools.partial(StoredBank, home=home, dtype=torch.bfloat16))
     bank = model.bank
-    assert bank.rows.home[0].dtype == bank.working_set.weight.dtype == torch.bfloat16
+    assert bank.rows.home.dtype == bank.working_set.weight.dtype == torch.bfloat16
     model.load_state_dict({k: v for k, v in plain.state_dict().items() if k != "bank.weight"}, strict=False)
     optimizer = StoredAdamW(model, memory_parameter_groups(model)[:-1])
     a, b = train(plain, other, range(20)), train(model, optimizer, range(20))
@@ -120,7 +120,7 @@ def test_adamw_that_waits_is_adamw():
     optimizer = StoredAdamW(torch.nn.ModuleDict(dict(bank=bank)),
                             [dict(params=[bank.working_set.weight], lr=0, betas=(0.8, 0.95), eps=1e-20,
                                   weight_decay=0)])
-    p = bank.rows.home[0].numpy().copy()
+    p = bank.rows.home[:, 0].numpy().copy()
     m, v = np.zeros_like(p), np.zeros_like(p)
     for t in range(1, 400):
         # ids 0 to 2 come often, 3 and 4 seldom, 5 once, 6 to 8 never
@@ -230,7 +230,7 @@ def test_an_id_that_was_not_read_is_an_error(home):
         with pytest.raises(IndexError):
             bank(torch.tensor([wrong]))
     bank.read(np.array([1, 3, 7]))
-    assert torch.equal(bank(torch.tensor([[7, 1, 7]]))[0], bank.rows.home[0][[7, 1, 7]])
+    assert torch.equal(bank(torch.tensor([[7, 1, 7]]))[0], bank.rows.home[[7, 1, 7], 0])
     bank.read(np.array([2]))
     with pytest.raises(IndexError):
         bank(torch.tensor([[7]]))  # it was read before, not now
@@ -253,7 +253,7 @@ def test_only_rows_that_are_needed_move():
     """Those that are not on the device yet come, and those make room that were not used for longest."""
     bank = StoredBank(1000, 2, 4, home="host")
     rows = bank.rows
-    start = rows.home[0].clone()
+    start = rows.home[:, 0].clone()
 
     def moved(*ids):
         before = rows.moved
@@ -406,7 +406,7 @@ from move_store import StoredBank
 dist.init_process_group("gloo")
 for home in ("gpu", "host"):
     bank = StoredBank(2, 1, 4, home=home)              # the third process owns no row
-    assert len(bank.rows.home[0]) == (1, 1, 0)[dist.get_rank()]
+    assert len(bank.rows.home) == (1, 1, 0)[dist.get_rank()]
     bank.read(np.arange(2) if dist.get_rank() else np.arange(0))
     bank.working_set.weight.grad = torch.ones_like(bank.working_set.weight)
     bank.update(0.5)
@@ -558,7 +558,7 @@ def test_checkpoints_that_are_not_whole(runs, tmp_path):
 
     def other_run(path):
         content = torch.load(path, weights_only=True)
-        content["bank"]["p"][0, 0, 0] += 1
+        content["bank"]["rows"][0, 0, 0, 0] += 1
         torch.save(content, path)
 
     broken(lambda path: path.unlink())
@@ -603,7 +603,7 @@ def test_rows_that_are_not_finite(runs, tmp_path):
     shutil.copytree(runs["host"], tmp_path / "run")
     path = tmp_path / "run" / "bank-12-0-of-1.pt"
     content = torch.load(path, weights_only=True)
-    content["bank"]["v"][5, 0, 0] = float("nan")
+    content["bank"]["rows"][5, 2, 0, 0] = float("nan")
     torch.save(content, path)
     torch.save(dict(checkpoint(tmp_path / "run"), rows=[run_folder.checksum(path)]),
                tmp_path / "run" / "checkpoint.pt")
@@ -637,7 +637,7 @@ def test_a_row_that_is_not_finite_is_not_saved(data_dir, tmp_path, monkeypatch):
         step_on(training)
         if training.step == 6:
             training.model.bank.rows.flush()
-            training.model.bank.rows.home[0][511] = float("nan")
+            training.model.bank.rows.home[511] = float("nan")
 
     monkeypatch.setattr(train_gpt.Training, "take_step", take_step)
     fails(train_gpt, command(data_dir, tmp_path / "run", *WHOLE, "--bank_home", "host"), "finite.*checkpoint")
