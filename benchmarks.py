@@ -348,32 +348,39 @@ def measure_homes(args, machine):
         "first | tokens/s | rows moved in a step (GB) | bytes on a GPU, a parameter | peak, GiB | loss "
         "|\n" + "|---" * 10 + "|")
     for scale in args.scales:
-        homes, (config, _) = [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
-        for home in args.homes:
-            try:
-                homes.append(Home(home, config, machine))
-                homes[-1].steps(series[:3])  # compiles
-            except torch.OutOfMemoryError:
-                say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
-                homes = [variant for variant in homes if variant.home != home]
-                gc.collect()
-                torch.cuda.empty_cache()
-        before = {variant: variant.rows_moved() for variant in homes}
-        for _ in range(args.rounds):
-            for variant in homes:
-                variant.seconds.append(variant.steps(series))
-        parameters = args.vocab_size * config.n_slots * config.memory_dim
-        for variant in homes:
-            over = np.array(variant.seconds) / np.array(homes[0].seconds) - 1
-            over = f"{np.median(over):+.1%} ({over.min():+.1%} to {over.max():+.1%})"
-            rows = (variant.rows_moved() - before[variant]) / args.rounds / args.steps
-            size = 3 * parameters / args.vocab_size * (2 if cuda else 4) / 1e9  # of a row with both moments
-            ms, each = 1000 * np.median(variant.seconds), variant.bank_bytes() / parameters
-            say(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {variant.home} | {ms:.1f} | {over} | "
-                f"{n * tokens / ms * 1000:,.0f} | {rows:,.0f} ({rows * size:.2f}) | {each:.2f} | "
-                f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} |")
-        homes.clear()
+        compare_homes(scale, args, machine, series, say)
+        torch._dynamo.reset()  # it remembers models
         gc.collect()
+
+
+def compare_homes(scale, args, machine, series, say):
+    """The lines of one size of the memory. In a function of its own: at its end nothing keeps the models."""
+    homes, (config, _) = [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
+    for home in args.homes:
+        try:
+            homes.append(Home(home, config, machine))
+            homes[-1].steps(series[:3])  # compiles
+        except torch.OutOfMemoryError:
+            say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
+            homes = [variant for variant in homes if variant.home != home]
+            gc.collect()
+            torch.cuda.empty_cache()
+    before = {variant: variant.rows_moved() for variant in homes}
+    for _ in range(args.rounds):
+        for variant in homes:
+            variant.seconds.append(variant.steps(series))
+    parameters = args.vocab_size * config.n_slots * config.memory_dim
+    tokens = machine.world_size * args.tokens * MICRO_BATCHES
+    for variant in homes:
+        over = np.array(variant.seconds) / np.array(homes[0].seconds) - 1
+        over = f"{np.median(over):+.1%} ({over.min():+.1%} to {over.max():+.1%})"
+        rows = (variant.rows_moved() - before[variant]) / args.rounds / args.steps
+        width = 2 if machine.device.type == "cuda" else 4  # bytes of a number
+        size = 3 * parameters / args.vocab_size * width / 1e9  # of a row with both moments
+        ms, each = 1000 * np.median(variant.seconds), variant.bank_bytes() / parameters
+        say(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {variant.home} | {ms:.1f} | {over} | "
+            f"{tokens / ms * 1000:,.0f} | {rows:,.0f} ({rows * size:.2f}) | {each:.2f} | "
+            f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} |")
 
 
 # --------------------------------------------------------------------------------------- generation

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,22 @@ def test_homes_of_a_bank_are_measured(capsys):
     assert plain[7].startswith("0 ") and not host[7].startswith("0 ")
     for flags in (["--tokens", 33, "--seq_len", 32], ["--steps", 0], ["--homes", "disk"]):
         fails(experiments, ["store", *flags], flags[0])
+
+
+def test_models_of_one_size_are_gone_before_the_next_is_measured(monkeypatch):
+    pytest.importorskip("triton")
+    models, alive = [], []
+
+    class Recorded(benchmarks.Home):
+        def __init__(self, *about):
+            alive.append(sum(model() is not None for model in models))
+            super().__init__(*about)
+            models.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(benchmarks, "Home", Recorded)
+    experiments.main(["store", "--depth", "2", "--tokens", "64", "--seq_len", "32", "--vocab_size", "4000",
+                      "--rounds", "1", "--steps", "1", "--scales", "1", "2"])
+    assert alive == [0, 1, 0, 1]
 
 
 def test_overhead_refuses_what_it_cannot_measure():
