@@ -37,6 +37,7 @@ import ast
 import copy
 import hashlib
 import inspect
+import itertools
 import textwrap
 import weakref
 from typing import NamedTuple
@@ -245,6 +246,7 @@ def carry_kernel(gradient, carry, group, start, ids, MW, TILE: tl.constexpr, BLO
 # --------------------------------------------------------------------------------------------- ops
 
 
+KEYS = itertools.count(1)
 WATCHED = weakref.WeakKeyDictionary()  # an accelerated bank → what its model was made of: see accelerate
 
 
@@ -254,12 +256,12 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
     for an id out of range.
 
     An op, so that it also runs inside compiled graphs: there it is the one place that sees what was
-    changed since accelerate(), and refuses it. key: id() of the bank, or 0 for none.
+    changed since accelerate(), and refuses it. key: of the bank, or 0 for none.
     """
     if idx.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"token ids must be int64 or int32, not {idx.dtype}")
     if key:
-        bank = next((bank for bank in WATCHED if id(bank) == key), None)
+        bank = next((bank for bank in WATCHED if bank.key == key), None)
         if bank is None:
             raise RuntimeError("this bank is a copy of an accelerated one; call accelerate() on its model")
         refuse_other_parts(*WATCHED[bank])
@@ -340,10 +342,10 @@ def distances(tensors, like):
 def add_bank_gradient(gradient: torch.Tensor, d_vs: list[torch.Tensor], vz: list[torch.Tensor],
                       order: torch.Tensor, group: torch.Tensor, start: torch.Tensor, ids: torch.Tensor,
                       n_heads: int, gated: bool, key: int) -> None:
-    """gradient (V, M, W) += Σ_layers gᵀ dV_S. d_vs, vz: of each layer, (N, W) and (N, W + G). key: id() of
-    the bank whose weight.grad it is, or 0."""
+    """gradient (V, M, W) += Σ_layers gᵀ dV_S. d_vs, vz: of each layer, (N, W) and (N, W + G). key: of the
+    bank whose weight.grad it is, or 0."""
     for bank in WATCHED:
-        if id(bank) == key and bank.weight.grad is not bank.gradient:
+        if bank.key == key and bank.weight.grad is not bank.gradient:
             raise RuntimeError("the gradient of an accelerated bank was taken away between its forward and "
                                "backward pass; call move_fast.zero_grad() before the forward pass")
     d_vs, vz = aligned(d_vs), aligned(vz)
@@ -419,7 +421,7 @@ class Memory:
     """What an accelerated bank gives in place of M_t (B, T, M, W): its rows stay where they are.
 
     weight (V, M, W), idx (B, T ≥ 1). gradient: where the bank's gradient is added, (V, M, W), which
-    autograd then does not see; None: autograd gets it as any other, as a new tensor. key: id() of the
+    autograd then does not see; None: autograd gets it as any other, as a new tensor. key: of the
     bank, or 0 for none. ValueError for more tokens than one pass can take.
     """
 
@@ -484,12 +486,17 @@ class Memory:
 class FastValueBank(move.ValueBank):
     """bank(idx) gives a Memory. Its gradient goes through autograd, or in place after zero_grad()."""
     gradient = None  # what weight.grad is then
+    key = -1  # accelerate() gives each bank a number: the same in each process, which compiled code can keep
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.key = -1  # a copy is another bank
 
     def forward(self, idx):
         if idx.numel() == 0:
             return super().forward(idx)
         in_place = self.gradient is not None and self.weight.grad is self.gradient
-        return Memory(self.weight, idx, self.gradient if in_place else None, id(self))
+        return Memory(self.weight, idx, self.gradient if in_place else None, self.key)
 
     def zero_grad_in_place(self):
         """weight.grad becomes zeros that backward adds to in place, instead of making (V, M, W) each time."""
@@ -702,6 +709,7 @@ def accelerate(model, log=print):
         if len(banks) < len(mixers) or type(module) not in (move.ValueBank, move.ValueMixer):
             module.__class__ = FAST[type(module)]
     for bank in banks:
+        bank.key = next(KEYS)
         WATCHED[bank] = weakref.ref(model), [(weakref.ref(m), type(m)) for m in modules]
     return True
 

@@ -840,3 +840,27 @@ def test_data_parallel_and_sharded_models(tmp_path):
         wrap, order, fast, outcome = line.split(", ")
         assert outcome == "right" or (wrap == "fsdp_bank" and outcome == "refused"), lines
         assert fast == "True" or order == "wrap first"
+
+
+def test_compiled_code_is_the_same_in_each_process():
+    """Or the compiler's cache would not help the next run: there is nothing of this process in it."""
+    code = """if True:
+        import torch, move, move_fast
+        other = [object() for _ in range({})]  # other addresses
+        config = move.GPTConfig(vocab_size=50, seq_len=8, n_layers=2, n_heads=2, dim=32, n_slots=3)
+        model, idx = move.GPT(config), torch.zeros(1, 8, dtype=torch.long)
+        assert move_fast.accelerate(model)
+
+        def backend(graph, inputs):
+            for node in graph.graph.nodes:
+                numbers = [a for a in node.args if isinstance(a, (int, float))]
+                print(getattr(node.target, '__name__', node.target), numbers)
+            return graph
+
+        move_fast.zero_grad(model)
+        torch.compile(model, backend=backend, fullgraph=True)(idx, idx)
+    """
+    first, second = (subprocess.run([sys.executable, "-c", code.format(n)], check=True, capture_output=True,
+                                    text=True, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}).stdout
+                     for n in (0, 100_000))
+    assert "mixed" in first and "tickets" in first and first == second
