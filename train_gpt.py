@@ -66,9 +66,9 @@ DEFAULTS = {
     "cuda": dict(dataset="python", depth=12, seq_len=2048, batch_tokens=131072, micro_batch=16, max_steps=500,
                  eval_every=100, eval_tokens=1 << 20, save_every=250, bank_dtype="bfloat16", compile=True,
                  temperature=0.8, top_k=50, max_new_tokens=200, num_samples=1),
-    "cpu": dict(dataset="shakespeare", depth=4, seq_len=256, batch_tokens=4096, micro_batch=16, max_steps=300,
+    "cpu": dict(dataset="shakespeare", depth=4, seq_len=256, batch_tokens=4096, micro_batch=16, max_steps=400,
                 eval_every=50, eval_tokens=1 << 15, save_every=100, bank_dtype="float32", compile=False,
-                temperature=0.5, top_k=50, max_new_tokens=200, num_samples=1),
+                temperature=0.4, top_k=50, max_new_tokens=200, num_samples=1),
 }
 
 
