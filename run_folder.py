@@ -398,18 +398,18 @@ def draw_curves(folders, path):
     (loss, bits), (layers, gates) = figure.subplots(2, 2)
     later = []  # validation after the first evaluation, which is far above the others
     for i, folder in enumerate(folders):
-        color = f"C{i}"
-        loss.plot(*read_log(folder, "loss"), color=color, label=folder.name)
+        color, name = f"C{i}", folder.name if len(folder.name) <= 30 else "…" + folder.name[-29:]
+        loss.plot(*read_log(folder, "loss"), color=color, label=name)
         for unit in ("bits per byte", "bits per image token"):
             steps, values = read_log(folder, "val_" + unit.replace(" ", "_"))
             if steps:
-                bits.plot(steps, values, ".-", color=color, label=f"{folder.name}: {values[-1]:.3f}")
+                bits.plot(steps, values, ".-", color=color, label=f"{name}: {values[-1]:.3f}")
                 bits.set_ylabel(unit)
                 later += values[1:]
         for key, style in (("g_0", "-"), ("g_i", "--")):
             steps, values = read_log(folder, key)
             if steps and values[-1]:
-                label = f"{folder.name} {key}"
+                label = f"{name} {key}"
                 layers.plot(range(1, len(values[-1]) + 1), values[-1], "o" + style, color=color, label=label)
                 for j, layer in enumerate(zip(*values, strict=True)):
                     # a later layer is darker

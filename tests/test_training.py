@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_curves_are_an_image_of_one_or_several_runs(finished, tmp_path):
         with Image.open(path) as image:
             assert image.size[0] > 500
             assert len(image.convert("L").getcolors()) > 20
+
+
+def test_curves_of_runs_with_long_names(finished, tmp_path):
+    """matplotlib warns where a legend leaves its axes no room."""
+    folders = [tmp_path / f"{name * 100}" for name in "ab"]
+    for folder in folders:
+        shutil.copytree(finished, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_folder.draw_curves(folders, tmp_path / "both.png")
 
 
 def test_no_curves_are_no_reason_to_end_a_run(data_dir, tmp_path, monkeypatch, capsys):
