@@ -268,12 +268,13 @@ class Home:
         return sum(getattr(bank.rows, "moved", 0) for bank in stored_banks(self.model).values())
 
     def steps(self, batches):
-        """A step for each of `batches`, [(idx, targets), …] each, but the last → seconds a step."""
+        """A step for each of `batches`, [(idx, targets), …] each, after which the first comes again → seconds
+        a step."""
         if self.machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.machine.sum([0])  # waits for the other processes
         start = time.perf_counter()
-        for now, later in itertools.pairwise(batches):
+        for now, later in itertools.pairwise([*batches, batches[0]]):
             borrow(self.model, [idx for idx, _ in now])
             prefetch(self.model, [idx for idx, _ in later])
             self.zero_grad(self.model)
@@ -288,7 +289,7 @@ class Home:
         self.loss, = self.machine.sum([loss.item() * len(now)])  # waits for the GPU
         if self.machine.device.type == "cuda":
             self.peak = torch.cuda.max_memory_allocated() - self.before
-        return (time.perf_counter() - start) / (len(batches) - 1)
+        return (time.perf_counter() - start) / len(batches)
 
 
 def link_speed(device, size=1 << 30):
@@ -326,7 +327,7 @@ def measure_homes(args, machine):
     cuda, name = machine.device.type == "cuda", "CPU"
     rng, law = np.random.default_rng(machine.rank), 1 / np.arange(1, args.vocab_size + 1)
     order, series = np.random.default_rng(0).permutation(args.vocab_size), []
-    for _ in range(args.steps + 1):
+    for _ in range(args.steps):
         ids = order[rng.choice(args.vocab_size, args.tokens * MICRO_BATCHES + 1, p=law / law.sum())]
         parts = [torch.from_numpy(ids[shift:len(ids) - 1 + shift]).view(MICRO_BATCHES, -1, args.seq_len)
                  for shift in (0, 1)]
@@ -359,7 +360,7 @@ def compare_homes(scale, args, machine, series, say):
     for home in args.homes:
         try:
             homes.append(Home(home, config, machine))
-            homes[-1].steps(series[:3])  # compiles
+            homes[-1].steps(series[:2])  # compiles; the next step is that of series[0]
         except torch.OutOfMemoryError:
             say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
             homes = [variant for variant in homes if variant.home != home]

@@ -58,6 +58,12 @@ from train_gpt import TextWindows, load_run
 GAIN = "gain over no memory, bits per byte"
 
 
+def gain(without, results):
+    """Mean and standard deviation, over pairs of the same seed, of how many bits per byte fewer."""
+    pairs = [a["bits"] - b["bits"] for a, b in zip(without, results, strict=True)]
+    return float(np.mean(pairs)), float(np.std(pairs, ddof=min(1, len(pairs) - 1)))
+
+
 def gains_over(without, results):
     """(steps, how many bits per byte fewer than `without`) of the mean validation curve of one method."""
     steps, bits = curves(results)
@@ -98,13 +104,12 @@ def scaling(lab):
     table = lab.table(["memory", "M", "depth", "memory parameters", "bits per byte"],
                       [[*about, f"{lab.memory_parameters(*about) / 1e6:.1f}M", spread(rs)]
                        for about, rs in done.items()])
-    sentences, lines, gains = [], {}, {}
+    sentences, lines, early = [], {}, {}
     for depth, memory in itertools.product(depths, ("lave", "move")):
         series = [done[memory, n, depth] for n in sizes[depth]]
         without = done["none", 0, depth]
         lines[f"{memory}, depth {depth}"] = ([lab.memory_parameters(memory, n, depth) for n in sizes[depth]],
-                                             [mean(without) - mean(rs) for rs in series],
-                                             [noise(rs) for rs in series])
+                                             *zip(*(gain(without, rs) for rs in series), strict=True))
         best = 0
         while best + 1 < len(series) and differ(series[best], series[best + 1]) > 0:
             best += 1
@@ -115,12 +120,12 @@ def scaling(lab):
             sentences.append(f"{memory}, depth {depth}: each step to more slots helps more than seeds differ "
                              + (f"up to M = {sizes[depth][best]}." if best else "nowhere."))
         if memory == "move":
-            for n in sorted({few, max(1, depth // 2), many}):
-                steps, gain = gains_over(without, done["move", n, depth])
-                gains[label + str(n)] = steps * lab.flags["batch_tokens"] / lab.vocab_size, gain
+            for n in sorted({few, max(1, round(depth / 2)), many}):
+                steps, bits = gains_over(without, done["move", n, depth])
+                early[label + str(n)] = steps * lab.flags["batch_tokens"] / lab.vocab_size, bits
     lab.write(table, sentences, [
         dict(lines=lines, xlabel="memory parameters", ylabel=GAIN, xscale="log"),
-        dict(lines=gains, xlabel="tokens seen per row", ylabel=GAIN, xscale="log")])
+        dict(lines=early, xlabel="tokens seen per row", ylabel=GAIN, xscale="log")])
 
 
 def ablation(lab):
@@ -229,7 +234,7 @@ def gate_init(lab):
                      ", ".join(str(layer + 1) for layer in layers) or "none"])
     table = lab.table(["start", "bits per byte", "g_0 in the end", "g_i in the end", "collapsed layers"],
                       rows)
-    panels = [dict(lines={name: (rs[0]["curve"]["steps"], [np.mean(g) for g in rs[0][key]])
+    panels = [dict(lines={name: (rs[0]["curve"]["steps"], np.mean([r[key] for r in rs], axis=(0, 2)))
                           for name, rs in done.items()}, xlabel="steps", ylabel=f"mean {key}")
               for key in ("g_0", "g_i")]
     sentences = [compare(f"a start open to the {name}", done[name], "a neutral one", done["neutral"])

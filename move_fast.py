@@ -709,7 +709,8 @@ def accelerate(model, log=print):
         if len(banks) < len(mixers) or type(module) not in (move.ValueBank, move.ValueMixer):
             module.__class__ = FAST[type(module)]
     for bank in banks:
-        bank.key = next(KEYS)
+        if bank not in WATCHED:  # a model may be accelerated again
+            bank.key = next(KEYS)
         WATCHED[bank] = weakref.ref(model), [(weakref.ref(m), type(m)) for m in modules]
     return True
 

@@ -75,7 +75,8 @@ def update(near, slots, last, c, g, t, lr, betas, eps):
     m = m * beta1 ** steps + (1 - beta1) * g
     v = v * beta2 ** steps + (1 - beta2) * g * g
     p = p - lr / (1 - beta1 ** t) * m / ((v / (1 - beta2 ** t)).sqrt() + eps)
-    near[slots] = torch.stack((p, m, v), dim=1).to(near.dtype)
+    # In place, compiled as well: near[slots, 0] = … would copy all of near, while rows come in.
+    near[slots] = torch.stack([x.to(near.dtype) for x in (p, m, v)], dim=1)
 
 
 class Steps:
@@ -155,6 +156,8 @@ class HostRows(DeviceRows):
     def make_slots(self, n):
         self.near = None  # frees them before there are new ones
         self.near = self.home.new_empty(n, *self.home.shape[1:])
+        if self.stream:
+            self.near.record_stream(self.stream)
         self.slot_of[:] = -1
         self.row_in, self.used = np.full(n, -1), np.full(n, -1)
 
@@ -176,6 +179,8 @@ class HostRows(DeviceRows):
         none from the rows held now. use: what the clock says of it."""
         slots = self.slot_of[rows]
         self.used[slots[slots >= 0]] = use
+        if (slots >= 0).all():
+            return
         room = np.flatnonzero(self.used < self.clock)
         to = room[np.argsort(self.used[room], kind="stable")][:np.count_nonzero(slots < 0)]
         new = rows[slots < 0][:len(to)]

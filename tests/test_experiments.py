@@ -342,6 +342,12 @@ def test_a_new_memory_alone_learns(monkeypatch):
         assert torch.equal(tensor, before[name]) != memory, name
 
 
+def test_the_gain_is_that_of_pairs_of_runs():
+    without, results = ([dict(bits=bits) for bits in series] for series in ((1.0, 2.0, 3.0), (0.9, 1.8, 2.7)))
+    assert experiments.gain(without, results) == pytest.approx((0.2, 0.1))
+    assert experiments.gain(without[:1], results[:1]) == pytest.approx((0.1, 0))
+
+
 def test_banks_that_start_otherwise():
     model = small_model(n_slots=4, vocab_size=4096)
     functools.partial(experiments.start_banks, std=0.02)(model)
@@ -359,6 +365,27 @@ def test_homes_of_a_bank_are_measured(capsys):
     assert plain[7].startswith("0 ") and not host[7].startswith("0 ")
     for flags in (["--tokens", 33, "--seq_len", 32], ["--steps", 0], ["--homes", "disk"]):
         fails(experiments, ["store", *flags], flags[0])
+
+
+def test_a_round_of_steps_goes_on_where_the_last_one_ended(monkeypatch):
+    """Also its first rows have been prefetched."""
+    pytest.importorskip("triton")
+    config = GPTConfig(vocab_size=200, seq_len=8, n_layers=2, n_heads=2, dim=32, n_slots=2)
+    home = benchmarks.Home("host", config, train_gpt.set_up_machine(argparse.Namespace(device="cpu", seed=0)))
+    rows = home.model.bank.rows
+    series = [[(torch.randint(0, 200, (2, 8)),) * 2] for _ in range(3)]
+    calls = []
+
+    def record(name, method):
+        monkeypatch.setattr(rows, name, lambda ids: calls.append((name, ids.tolist())) or method(ids))
+
+    record("hold", rows.hold)
+    record("prefetch", rows.prefetch)
+    home.steps(series)
+    home.steps(series)
+    names, ids = zip(*calls, strict=True)
+    assert names == ("hold", "prefetch") * 6
+    assert ids[1:-1:2] == ids[2::2] and ids[0] != ids[2]  # what is prefetched is what comes next
 
 
 def test_models_of_one_size_are_gone_before_the_next_is_measured(monkeypatch):

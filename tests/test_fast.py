@@ -842,6 +842,17 @@ def test_data_parallel_and_sharded_models(tmp_path):
         assert fast == "True" or order == "wrap first"
 
 
+def test_a_model_that_is_accelerated_again_is_not_compiled_again():
+    model, idx, graphs = random_model(small_config()), random_ids(1, 8), []
+    assert accelerate(model)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    for _ in range(3):
+        assert accelerate(model)
+        with torch.no_grad():
+            compiled(idx)
+    assert len(graphs) == 1
+
+
 def test_compiled_code_is_the_same_in_each_process():
     """Or the compiler's cache would not help the next run: there is nothing of this process in it."""
     code = """if True:
