@@ -252,12 +252,12 @@ class MoVEAttention(nn.Module):
 class MoVELatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the memory in the latent:
 
-        c_S = g_0 ⊙ c_KV + Σ_i g_i ⊙ M_i        slots in R^kv_rank; the cache holds c_S and k_rope.
+        c_S = rms_norm(g_0 ⊙ c_KV + Σ_i g_i ⊙ M_i)        slots in R^kv_rank; the cache holds c_S, k_rope.
 
     Keys (their part without position) and values are both projected up from c_S. Mixing after W_up
     would need slots of width d, and a cache of them. Two points the paper's summary leaves open: we
-    split the latent into H groups, and gate h acts on group h; and the RMS-norm of the latent comes after
-    the mix. Keys have no norm of their own, and with one before the mix they grow with the memory.
+    split the latent into H groups, and gate h acts on group h; and the RMS-norm comes after the mix. Keys
+    have no norm of their own: if the latent were normed before the mix, they would grow with the memory.
 
     Same call as MoVEAttention, with rotary of width rope_dim and memory (B, T, M, kv_rank). kv_rank
     must be divisible by n_heads.
@@ -275,10 +275,10 @@ class MoVELatentAttention(nn.Module):
         self.cache_shapes = [(kv_rank,), (rope_dim,)]  # c_S, k_rope
 
     def latent(self, x, c_kv, memory):
-        """What MoVE changes: c_S in place of c_KV, (B, T, kv_rank), not normed yet."""
-        if self.mixer is None:
-            return c_kv
-        return self.mixer(x, c_kv.unflatten(-1, (self.n_heads, -1)), memory).flatten(-2)
+        """What MoVE changes: c_S, (B, T, kv_rank)."""
+        if self.mixer is not None:
+            c_kv = self.mixer(x, c_kv.unflatten(-1, (self.n_heads, -1)), memory).flatten(-2)
+        return rms_norm(c_kv)
 
     def forward(self, x, rotary, memory=None, cache=None):
         q = self.w_q(x).unflatten(-1, (self.n_heads, -1))
@@ -286,7 +286,7 @@ class MoVELatentAttention(nn.Module):
         q_rope = apply_rotary_emb(q_rope, rotary)  # (B, T, H, rope_dim)
         c_kv, k_rope = self.w_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
         k_rope = apply_rotary_emb(k_rope.unsqueeze(2), rotary).squeeze(2)  # (B, T, rope_dim)
-        c_s = rms_norm(self.latent(x, c_kv, memory))
+        c_s = self.latent(x, c_kv, memory)
         if cache is None:
             y = self.expanded(q_nope, q_rope, c_s, k_rope)
         else:

@@ -246,7 +246,7 @@ def carry_kernel(gradient, carry, group, start, ids, MW, TILE: tl.constexpr, BLO
 # --------------------------------------------------------------------------------------------- ops
 
 
-KEYS = itertools.count(1)
+KEYS = itertools.count(1)  # of accelerated banks
 WATCHED = weakref.WeakKeyDictionary()  # an accelerated bank → what its model was made of: see accelerate
 
 

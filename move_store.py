@@ -69,8 +69,9 @@ def update(near, slots, last, c, g, t, lr, betas, eps):
     """AdamW's step t with the gradient g (n, M, d), of rows that may have missed some before; in place. c: as
     after step t - 1. t and lr: tensors (), so that nothing is compiled anew."""
     (beta1, beta2), g = betas, wide(g)
-    p = current(near, slots, last, c, eps)
-    _, m, v = wide(near[slots]).unbind(1)
+    rows = near[slots]
+    p = current(rows, slice(None), last, c, eps)
+    _, m, v = wide(rows).unbind(1)
     steps = (t - last).to(p.dtype).view(-1, 1, 1)
     m = m * beta1 ** steps + (1 - beta1) * g
     v = v * beta2 ** steps + (1 - beta2) * g * g
