@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from command_line import ends_together, set_up_machine
+from lab import draw
 from move import GPT, GPTConfig, ValueBank, sample
 from move_store import borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
@@ -332,7 +333,8 @@ def measure_homes(args, machine):
         parts = [torch.from_numpy(ids[shift:len(ids) - 1 + shift]).view(MICRO_BATCHES, -1, args.seq_len)
                  for shift in (0, 1)]
         series.append(list(zip(*(t.pin_memory() if cuda else t for t in parts), strict=True)))
-    used, tokens = np.mean([len(ids_of([idx for idx, _ in step])) for step in series]), ids.size - 1
+    used = np.mean([len(ids_of([idx for idx, _ in step], args.vocab_size)) for step in series])
+    tokens = ids.size - 1
     link = ""
     if cuda:
         name = torch.cuda.get_device_name()
@@ -348,15 +350,19 @@ def measure_homes(args, machine):
         f"of {args.steps} steps{link}\n| bank | parameters | home | ms a step | over the "
         "first | tokens/s | rows moved in a step (GB) | bytes on a GPU, a parameter | peak, GiB | loss "
         "|\n" + "|---" * 10 + "|")
+    found = []
     for scale in args.scales:
-        compare_homes(scale, args, machine, series, say)
+        found += compare_homes(scale, args, machine, series, say)
         torch._dynamo.reset()  # it remembers models
         gc.collect()
+    if machine.main:
+        draw_homes(found, args.out)
 
 
 def compare_homes(scale, args, machine, series, say):
-    """The lines of one size of the memory. In a function of its own: at its end nothing keeps the models."""
-    homes, (config, _) = [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
+    """The lines of one size of the memory → [(home, parameters of the bank, ms a step, peak GiB)]. In a
+    function of its own: at its end nothing keeps the models."""
+    found, homes, (config, _) = [], [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
     for home in args.homes:
         try:
             homes.append(Home(home, config, machine))
@@ -382,6 +388,19 @@ def compare_homes(scale, args, machine, series, say):
         say(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {variant.home} | {ms:.1f} | {over} | "
             f"{tokens / ms * 1000:,.0f} | {rows:,.0f} ({rows * size:.2f}) | {each:.2f} | "
             f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} |")
+        found.append((variant.home, parameters, ms, variant.peak / 2**30))
+    return found
+
+
+def draw_homes(found, path):
+    """Time and memory against the size of the bank, a line for each home. found: see compare_homes."""
+    lines = {f"bank in the memory of the {home}": list(zip(*(rest for of, *rest in found if of == home),
+                                                           strict=True)) for home, *_ in found}
+    about = dict(xscale="log", xlabel="parameters of the bank", ylim=(0, None))
+    draw([dict(about, lines={label: (x, ms) for label, (x, ms, _) in lines.items()}, ylabel="ms a step"),
+          dict(about, lines={label: (x, peak) for label, (x, _, peak) in lines.items()},
+               ylabel="GPU memory, GiB")], path)
+    print(f"wrote {path}")
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -530,6 +549,7 @@ def add_commands(commands):
     add("--vocab_size", type=int, default=50304, help="of the random ids")
     add("--steps", type=int, default=8, help="of a round")
     add("--rounds", type=int, default=6, help="measured rounds of each variant")
+    add("--out", type=Path, default=Path("scale.png"), help="the chart")
     add = command(decode, decode)
     add("--variants", nargs="+", default=["standard", "move-x1", "move-x4", "lave-x1", "standard-mla",
                                           "move-x4-mla"], help="what is measured")

@@ -728,7 +728,7 @@ def zero_grad(model):
 
 # --------------------------------------------------------------------------------- rows of a store
 
-COPIERS = 32  # programs that copy rows: enough for the bandwidth of a link, few enough for others to compute
+COPIERS = 4  # programs that copy rows: nearly enough for the bandwidth of a link; products wait for more
 
 
 @triton.jit
@@ -749,6 +749,52 @@ def copy_rows(to, to_rows, source, source_rows):
         word = torch.int32 if to[0].numel() * to.element_size() % 4 == 0 else torch.int16
         to, source = (t.flatten(1).view(word) for t in (to, source))
         copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)
+
+
+@triton.jit
+def row_in_slot(near, slots, i, at, width):
+    """Where p is, in row i; m and v come behind it. And p, m and v, float32."""
+    row = near + tl.load(slots + i).to(tl.int64) * 3 * width + at
+    p, m, v = tl.load(row, at < width), tl.load(row + width, at < width), tl.load(row + 2 * width, at < width)
+    return row, p.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
+
+
+@triton.jit
+def read_rows_kernel(out, near, slots, c, numbers, width, BLOCK: tl.constexpr):
+    i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, p, m, v = row_in_slot(near, slots, i, at, width)
+    p -= tl.load(c + i) * m / (tl.sqrt(v) + tl.load(numbers + 4))
+    tl.store(out + i * width + at, p, at < width)
+
+
+@triton.jit
+def update_rows_kernel(near, slots, c, left, g, numbers, n, width, BLOCK: tl.constexpr):
+    i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, p, m, v = row_in_slot(near, slots, i, at, width)
+    d = tl.load(g + i * width + at, at < width).to(tl.float32)
+    eps = tl.load(numbers + 4)
+    p -= tl.load(c + i) * m / (tl.sqrt(v) + eps)
+    m = tl.load(left + i) * m + tl.load(numbers) * d
+    v = tl.load(left + n + i) * v + tl.load(numbers + 1) * d * d
+    p -= tl.load(numbers + 2) * m / (tl.sqrt(v / tl.load(numbers + 3)) + eps)
+    tl.store(row, p, at < width)
+    tl.store(row + width, m, at < width)
+    tl.store(row + 2 * width, v, at < width)
+
+
+def read_rows(out, near, slots, c, numbers):
+    """move_store.read_rows, in one pass."""
+    if n := len(slots):
+        width = near[0, 0].numel()
+        read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), numbers, width, BLOCK=1024)
+
+
+def update_rows(near, slots, c, left, g, numbers):
+    """move_store.update_rows, in one pass."""
+    if n := len(slots):
+        width = near[0, 0].numel()
+        update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, numbers, n,
+                                                        width, BLOCK=1024)
 
 
 # ----------------------------------------------------------------------------- the loss, generation

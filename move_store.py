@@ -58,26 +58,41 @@ def wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def current(near, slots, last, c, eps):
-    """Rows (n, M, d), in float32 at least, as they are now. near (slots, 3, M, d): rows as after their last
-    update, with AdamW's moments: p, m, v. last (n,): the step of that update; c: the table."""
-    p, m, v = wide(near[slots]).unbind(1)
-    return p - c[last].to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
+def current(rows, c, eps):
+    """Rows (n, M, d), in float32 at least, as they are now. rows (n, 3, M, d): as after their last update,
+    with AdamW's moments, p, m, v. c (n,): c_r of each."""
+    p, m, v = wide(rows).unbind(1)
+    return p - c.to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
 
 
-def update(near, slots, last, c, g, t, lr, betas, eps):
-    """AdamW's step t with the gradient g (n, M, d), of rows that may have missed some before; in place. c: as
-    after step t - 1. t and lr: tensors (), so that nothing is compiled anew."""
-    (beta1, beta2), g = betas, wide(g)
-    rows = near[slots]
-    p = current(rows, slice(None), last, c, eps)
-    _, m, v = wide(rows).unbind(1)
-    steps = (t - last).to(p.dtype).view(-1, 1, 1)
-    m = m * beta1 ** steps + (1 - beta1) * g
-    v = v * beta2 ** steps + (1 - beta2) * g * g
-    p = p - lr / (1 - beta1 ** t) * m / ((v / (1 - beta2 ** t)).sqrt() + eps)
-    # In place, compiled as well: near[slots, 0] = … would copy all of near, while rows come in.
-    near[slots] = torch.stack([x.to(near.dtype) for x in (p, m, v)], dim=1)
+def read_rows(out, near, slots, c, numbers):
+    """The rows in these slots of near (slots, 3, M, d), as they are now, into out (n, M, d). numbers: see
+    Steps.numbers."""
+    if kernels := kernels_for(near):
+        return kernels.read_rows(out, near, slots, c, numbers)
+    out[:] = current(near[slots], c, numbers[-1])
+
+
+def update_rows(near, slots, c, left, g, numbers):
+    """A step of AdamW with the gradient g (n, M, d), of rows that may have missed some before; in place. left
+    (2, n): how much of each moment is; the others as for read_rows."""
+    if kernels := kernels_for(near):
+        return kernels.update_rows(near, slots, c, left, g, numbers)
+    gain_m, gain_v, rate, correction, eps = numbers.unbind()
+    rows, g = near[slots], wide(g)
+    p, (_, m, v) = current(rows, c, eps), wide(rows).unbind(1)
+    left_m, left_v = left.to(p.dtype).view(2, -1, 1, 1)
+    m = left_m * m + gain_m * g
+    v = left_v * v + gain_v * g * g
+    p = p - rate * m / ((v / correction).sqrt() + eps)
+    near[slots] = torch.stack((p, m, v), dim=1).to(near.dtype)
+
+
+def kernels_for(tensor):
+    """move_fast.py, if a tensor is on a GPU and of a dtype that its kernels know."""
+    if tensor.is_cuda and tensor.dtype != torch.float64:
+        import move_fast  # needs Triton
+        return move_fast
 
 
 class Steps:
@@ -96,6 +111,17 @@ class Steps:
         if self.t and (tuple(betas), eps) != (tuple(self.betas), self.eps):
             raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}")
         self.betas, self.eps = betas, eps
+
+    def left(self, last):
+        """What the next step leaves of the moments of rows with these last steps (n,): β1^s and β2^s after s
+        steps, (2, n)."""
+        return torch.stack([beta ** (self.t + 1 - last).double() for beta in self.betas])
+
+    def numbers(self, lr, dtype):
+        """What `update` needs for the next step: 1 - β1, 1 - β2, lr/(1 - β1^t), 1 - β2^t and eps."""
+        (beta1, beta2), t = self.betas, self.t + 1
+        numbers = 1 - beta1, 1 - beta2, lr / (1 - beta1 ** t), 1 - beta2 ** t, self.eps
+        return to_device(torch.tensor(numbers, dtype=dtype).numpy(), self.c.device)
 
     def count(self, lr):
         """One step more: all rows fall back by it, but those that it updates."""
@@ -244,9 +270,8 @@ def unpin(pointer):
 
 def copy_rows(to, to_rows, source, source_rows):
     """to[to_rows] = source[source_rows], of tensors (n, 3, M, d)."""
-    if to.is_cuda:
-        from move_fast import copy_rows as kernel
-        kernel(to, to_rows, source, source_rows)
+    if kernels := kernels_for(to):
+        kernels.copy_rows(to, to_rows, source, source_rows)
     else:
         to[to_rows] = source[source_rows]
 
@@ -267,7 +292,7 @@ class StoredBank(nn.Module):
     """
 
     def __init__(self, vocab_size, n_slots, dim, std=None, generator=None, *, home, dtype=torch.float32,
-                 device="cpu", compiled=False):
+                 device="cpu"):
         super().__init__()
         device = torch.device(device)
         self.rank, self.n = processes()
@@ -279,9 +304,6 @@ class StoredBank(nn.Module):
         self.vocab_size, self.steps = vocab_size, Steps(device)
         mine = len(range(self.rank, vocab_size, self.n))
         self.rows = {"gpu": DeviceRows, "host": HostRows}[home](mine, n_slots, dim, dtype, device)
-        self.current, self.step_rows = current, update
-        if compiled:
-            self.current, self.step_rows = (torch.compile(f, dynamic=True) for f in (current, update))
         self.draw(generator)
 
     def draw(self, generator):
@@ -335,9 +357,10 @@ class StoredBank(nn.Module):
 
     def look_up(self, slots, rows, out):
         """The rows in these slots, as they are now, into out."""
+        numbers = self.steps.numbers(0, wide(out[:0]).dtype)
         for part in self.chunks(len(slots)):
-            out[part] = self.current(self.rows.near, slots[part], self.rows.last[rows[part]], self.steps.c,
-                                     self.steps.eps)
+            c = self.steps.c[self.rows.last[rows[part]]]
+            read_rows(out[part], self.rows.near, slots[part], c, numbers)
 
     def chunks(self, n):
         size = max(1, CHUNK // self.working_set.weight[0].numel())
@@ -355,25 +378,24 @@ class StoredBank(nn.Module):
     @torch.no_grad()
     def update(self, lr):
         """A step of AdamW for the rows that were read, by the gradient of the working set."""
-        weight, steps, device = self.working_set.weight, self.steps, self.place.device
+        weight, steps = self.working_set.weight, self.steps
         n = int(self.given.sum())
-        g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n]
+        g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
         received = self.received_gradients(g)
-        t, rate = to_device(np.float64(steps.t + 1), device), to_device(np.float64(lr), device)
+        numbers = steps.numbers(lr, wide(g[:0]).dtype)
         for part in self.chunks(len(self.slots)):
             total = g[part] if self.n == 1 else sum_of_part(received, part, g)
             last = self.rows.last[self.held[part]]
-            self.step_rows(self.rows.near, self.slots[part], last, steps.c, total, t, rate, steps.betas,
-                           steps.eps)
+            update_rows(self.rows.near, self.slots[part], steps.c[last], steps.left(last), total, numbers)
         steps.count(lr)
-        self.rows.last[self.held] = steps.t
+        self.rows.last.index_fill_(0, self.held, steps.t)  # [held] = t would wait for the GPU
 
     def received_gradients(self, g):
         """[(which of the rows held, ascending; their gradients)] of each process that read some here."""
         if self.n == 1:
             return []
         received = g.new_empty(int(self.asked.sum()), *g.shape[1:])
-        exchange(received, g.contiguous(), self.asked, self.given)
+        exchange(received, g, self.asked, self.given)
         places = np.split(self.at, np.cumsum(self.asked)[:-1])
         return list(zip(places, received.split(self.asked.tolist()), strict=True))
 
@@ -424,27 +446,25 @@ def stored_banks(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, StoredBank)}
 
 
-def ids_of(batches):
-    """The different ids of some tensors, sorted: a NumPy array."""
-    parts = [np.unique(idx.numpy()) for idx in batches]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+def ids_of(batches, vocab_size):
+    """The different ids of some tensors, sorted: a NumPy array. IndexError for one of vocab_size or more."""
+    seen = np.zeros(vocab_size, dtype=bool)
+    for idx in batches:
+        seen[idx.numpy()] = True
+    return np.flatnonzero(seen)
 
 
 def borrow(model, batches):
     """The stored banks of a model read the rows of token ids, (B, T) tensors on the CPU. All processes call
     it, also one without any batch."""
-    if banks := stored_banks(model):
-        ids = ids_of(batches)
-        for bank in banks.values():
-            bank.read(ids)
+    for bank in stored_banks(model).values():
+        bank.read(ids_of(batches, bank.vocab_size))
 
 
 def prefetch(model, batches):
     """Says which batches the next `borrow` will get."""
-    if banks := stored_banks(model):
-        ids = ids_of(batches)
-        for bank in banks.values():
-            bank.prefetch(ids)
+    for bank in stored_banks(model).values():
+        bank.prefetch(ids_of(batches, bank.vocab_size))
 
 
 class StoredAdamW:
@@ -520,7 +540,7 @@ def load_plain(weight, files, step, betas=(0.8, 0.95), eps=1e-10, moments=None):
     given, from the files of a checkpoint: all rows as they are after `step`."""
     for state, first, stride in files:
         for ids, rows, last in pieces(state, first, stride):
-            weight[ids.to(weight.device)] = current(rows, slice(None), last, state["c"], eps).to(weight)
+            weight[ids.to(weight.device)] = current(rows, state["c"][last], eps).to(weight)
             if moments:
                 steps = (step - last).view(-1, 1, 1).double()
                 for tensor, old, beta in zip(moments, rows.unbind(1)[1:], betas, strict=True):

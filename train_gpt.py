@@ -210,7 +210,7 @@ def build(config, args, device, positions=None, change=None, bank=None):
     function that is called with the model first, to alter its parts. bank: what makes the banks."""
     if bank is None:
         elsewhere = args.bank_home == "host" or get_world_size() > 1
-        bank = functools.partial(StoredBank, home=args.bank_home, device=device, compiled=args.compile,
+        bank = functools.partial(StoredBank, home=args.bank_home, device=device,
                                  dtype=getattr(torch, args.bank_dtype)) if elsewhere else ValueBank
     try:
         model = GPT(config, getattr(torch, args.dtype), positions, bank)

@@ -354,11 +354,12 @@ def test_banks_that_start_otherwise():
     assert model.bank.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_homes_of_a_bank_are_measured(capsys):
+def test_homes_of_a_bank_are_measured(tmp_path, capsys):
     pytest.importorskip("triton")
     experiments.main(["store", "--depth", "2", "--tokens", "64", "--seq_len", "32", "--vocab_size", "4000",
-                      "--rounds", "2", "--steps", "2", "--scales", "1"])
-    _, _, _, plain, host = capsys.readouterr().out.splitlines()
+                      "--rounds", "2", "--steps", "2", "--scales", "1", "--out", str(tmp_path / "scale.png")])
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    _, _, _, plain, host, _ = capsys.readouterr().out.splitlines()
     plain, host = ([cell.strip() for cell in line.split("|")] for line in (plain, host))
     assert (plain[3], host[3]) == ("gpu", "host") and float(plain[4]) > 0
     assert plain[10] == host[10]  # the losses
@@ -388,7 +389,7 @@ def test_a_round_of_steps_goes_on_where_the_last_one_ended(monkeypatch):
     assert ids[1:-1:2] == ids[2::2] and ids[0] != ids[2]  # what is prefetched is what comes next
 
 
-def test_models_of_one_size_are_gone_before_the_next_is_measured(monkeypatch):
+def test_models_of_one_size_are_gone_before_the_next_is_measured(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     models, alive = [], []
 
@@ -400,7 +401,8 @@ def test_models_of_one_size_are_gone_before_the_next_is_measured(monkeypatch):
 
     monkeypatch.setattr(benchmarks, "Home", Recorded)
     experiments.main(["store", "--depth", "2", "--tokens", "64", "--seq_len", "32", "--vocab_size", "4000",
-                      "--rounds", "1", "--steps", "1", "--scales", "1", "2"])
+                      "--rounds", "1", "--steps", "1", "--scales", "1", "2",
+                      "--out", str(tmp_path / "a.png")])
     assert alive == [0, 1, 0, 1]
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import move
+import move_store
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 
 pytest.importorskip("triton")
@@ -653,6 +654,27 @@ def test_copied_rows(dtype, n):
     move_fast.copy_rows(other, every, wide, every)
     assert torch.equal(wide, other)
 
+
+
+@pytest.mark.parametrize("dtype", move_fast.DTYPES)
+@pytest.mark.parametrize("width", [5, 1024, 1500])
+def test_rows_of_a_store_are_read_and_updated(dtype, width):
+    """As by move_store.py without kernels, in float64."""
+    near = torch.randn(9, 3, 1, width, device=DEVICE).to(dtype)
+    near[:, 2].abs_()
+    slots = torch.tensor([4, 0, 8, 3], device=DEVICE)
+    c, left = torch.rand(4, device=DEVICE), torch.rand(2, 4, device=DEVICE)
+    g = torch.randn(4, 1, width).to(near)
+    numbers = torch.tensor([0.2, 0.05, 0.01, 0.4, 1e-3], device=DEVICE)
+    exact, out = near.cpu().double(), torch.empty_like(g)
+    others = [t.cpu().double() for t in (c, left, g, numbers)]
+    expected = torch.empty(4, 1, width, dtype=torch.float64)
+    move_store.read_rows(expected, exact, slots.cpu(), others[0], others[-1])
+    move_store.update_rows(exact, slots.cpu(), *others)
+    move_fast.read_rows(out, near, slots, c, numbers)
+    assert torch.allclose(out.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    move_fast.update_rows(near, slots, c, left, g, numbers)
+    assert torch.allclose(near.cpu().double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_numbers_that_differ_leave_the_reference(monkeypatch):
