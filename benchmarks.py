@@ -18,7 +18,7 @@ from torch import nn
 from command_line import ends_together, set_up_machine
 from lab import draw
 from move import GPT, GPTConfig, ValueBank, sample
-from move_store import borrow, copy_rows, host_memory, ids_of, prefetch, stored_banks
+from move_store import borrow, copy_rows, empty_bank, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
@@ -407,52 +407,57 @@ def draw_homes(found, path):
 
 
 def decode(args):
-    """Times steps of generation of random models, plain and compiled (see move_fast.compiled_step) in turn,
-    round after round: median and spread (smallest to largest), sampling included; what is behind a name,
-    -mla, is latent attention. Also the bytes that a token leaves in the cache, and the seconds until the
-    compiled step is ready."""
+    """Times steps of generation of random models in turn, round after round: plain, as one CUDA graph, and as
+    one of compiled code (see move_fast.fast_step): median and spread (smallest to largest) of ms a step,
+    sampling included. What is behind a name, -mla, is latent attention. Also the bytes that a token leaves
+    in the cache, and the seconds until the graphs are ready."""
     for flag, value in dict(batch=min(args.batch), seq_len=args.seq_len, vocab_size=args.vocab_size,
                             rounds=args.rounds).items():
         if value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
     try:
-        from move_fast import compiled_step
+        from move_fast import fast_step
     except ImportError as error:
         raise UserError(f"decode needs move_fast.py, which cannot be imported ({error})") from None
     configs = {name: config_of(name, args, args.vocab_size, "-mla") for name in args.variants}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"{machine}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
-          f"sequences of {args.seq_len}, {args.rounds} rounds\n| variant | batch | plain, ms a step | "
-          "compiled, ms a step | tokens/s | cache, bytes a token | ready after, s |\n" + "|---" * 7 + "|",
-          flush=True)
+          f"sequences of {args.seq_len}, bank on the {args.bank_home}, {args.rounds} rounds\n"
+          "| variant | batch | plain, ms | graph, ms | compiled, ms | tokens/s | cache, bytes a token | "
+          "ready after, s |\n" + "|---" * 8 + "|", flush=True)
+
+    def pick(logits, noise):
+        return sample(logits, temperature=0.8, top_k=50, noise=noise)
+
     for name, batch in itertools.product(args.variants, args.batch):
         config, latent = configs[name]
         config = dataclasses.replace(config, attention="mla" if latent else "mha")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = GPT(config, dtype).to(device).eval()
-
-        def pick(logits, noise):
-            return sample(logits, temperature=0.8, top_k=50, noise=noise)
-
-        steps, caches, ms, start = [], [], ([], []), time.time()
-        for make in (partial(model.decoding_step, steps=1), partial(compiled_step, model)):
+        bank = partial(empty_bank, home=args.bank_home, dtype=dtype, device=device)
+        model = GPT(config, dtype, bank=bank).to(device).eval()
+        for memory in (m for m in model.modules() if isinstance(m, ValueBank)):
+            memory.reset_parameters()
+        steps, caches, ready, ms = [], [], [], ([], [], [])
+        for make in (partial(model.decoding_step, steps=1), *(partial(fast_step, model, compiled=compiled)
+                                                              for compiled in (False, True))):
+            start = time.time()
             steps.append(make(pick))
             caches.append(model.new_cache(batch, args.seq_len))
             ms_of(steps[-1], caches[-1], min(3, args.seq_len), args.vocab_size)
-        ready = time.time() - start
+            ready.append(time.time() - start)
         for _ in range(args.rounds):
             for times, step, cache in zip(ms, steps, caches, strict=True):
                 times.append(ms_of(step, cache, args.seq_len, args.vocab_size))
-        plain, fast = (f"{np.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in ms)
-        print(f"| {name} | {batch} | {plain} | {fast} | {1000 * batch / np.median(ms[1]):,.0f} | "
-              f"{caches[0].bytes_per_token:,} | {ready:.0f} |", flush=True)
+        times = " | ".join(f"{np.median(t):.3f} ({min(t):.3f} to {max(t):.3f})" for t in ms)
+        print(f"| {name} | {batch} | {times} | {1000 * batch / np.median(ms[2]):,.0f} | "
+              f"{caches[0].bytes_per_token:,} | {ready[1]:.1f}, {ready[2]:.1f} |", flush=True)
 
 
 @torch.inference_mode()
 def ms_of(step, cache, tokens, vocab_size):
     """Milliseconds a step while a sequence of `tokens` is made from nothing."""
-    batch, device = cache.stores[0].size(1), cache.position.device
+    batch, device = cache.layers[0].stores[0].size(0), cache.position.device
     cache.reset()
     idx = torch.zeros(batch, 1, dtype=torch.long, device=device)
     idx.sum().item()  # waits for the GPU
@@ -557,4 +562,5 @@ def add_commands(commands):
     add("--seq_len", type=int, default=512, help="tokens of a sequence")
     add("--depth", type=int, default=12, help="layers; the width is 64 times that")
     add("--vocab_size", type=int, default=50304, help="number of ids")
-    add("--rounds", type=int, default=5, help="sequences of each, plain and compiled")
+    add("--bank_home", choices=["gpu", "host"], default="gpu", help="where the memory is")
+    add("--rounds", type=int, default=5, help="sequences of each, plain, by graph and compiled")

@@ -17,6 +17,7 @@ The file reads top to bottom: the bank (1), the mix (3) and the router (2); then
 needs besides; then a GPT whose layers share one bank. It needs torch and nothing else: copy it.
 `ValueBank` and `ValueMixer` are the two parts that another model needs.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -162,26 +163,47 @@ def causal_attention(q, k, v, mask=None, scale=None):
     return y.transpose(1, 2)
 
 
-class KVCache:
-    """What generation keeps of past tokens: for each of n_layers layers, preallocated tensors.
+class LayerCache:
+    """What generation keeps of past tokens in one layer: preallocated tensors (B, max_len, ...).
 
-    shapes: what one token leaves in one layer, as the attention says in `cache_shapes`: its key and
-    V_S for MHA, its c_S and rotary key for MLA. Values are stored already mixed: a token is looked up
-    once, however many follow it, and the cache has the same size for every M.
-
-    The number of tokens held is there twice: `position` on the device, so that one compiled step serves
-    every token, and `length` on the host, so that a full cache raises. (Compiled code leaves `length` alone.)
+    shapes: what one token leaves, as the attention says in `cache_shapes`: its key and V_S for MHA, its
+    c_S and rotary key for MLA. Values are stored already mixed: a token is looked up once, however many
+    follow it, and the cache has the same size for every M.
+    position: the number of tokens held, () int64 on the device, so that one compiled step serves every
+    token. The layers share it; see KVCache.
     """
 
-    def __init__(self, n_layers, batch, max_len, shapes, dtype=torch.float32, device="cpu"):
+    def __init__(self, batch, max_len, shapes, position, dtype=torch.float32):
+        self.position = position
+        self.stores = [torch.zeros(batch, max_len, *shape, dtype=dtype, device=position.device)
+                       for shape in shapes]
+
+    def append(self, *new):
+        """Stores (B, T, ...) behind what is held → all that is there, (B, max_len, ...) each, and the mask
+        (T, max_len) of what the T tokens see."""
+        positions = self.position + torch.arange(new[0].size(1), device=self.position.device)
+        for store, tensor in zip(self.stores, new, strict=True):
+            store.index_copy_(1, positions, tensor.to(store.dtype))
+        mask = torch.arange(self.stores[0].size(1), device=positions.device) <= positions.unsqueeze(1)
+        return self.stores, mask
+
+
+class KVCache:
+    """A LayerCache for each of the attentions, which can hold max_len tokens.
+
+    The number of tokens held is there twice: `position` on the device, and `length` on the host, so that a
+    full cache raises. (Compiled code leaves `length` alone.)
+    """
+
+    def __init__(self, attentions, batch, max_len, dtype=torch.float32, device="cpu"):
         self.length, self.max_len = 0, max_len
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        self.stores = [torch.zeros(n_layers, batch, max_len, *shape, dtype=dtype, device=device)
-                       for shape in shapes]
+        self.layers = [LayerCache(batch, max_len, attention.cache_shapes, self.position, dtype)
+                       for attention in attentions]
 
     @property
     def bytes_per_token(self):
-        return sum(s[:, 0, 0].numel() * s.element_size() for s in self.stores)
+        return sum(s[0, 0].numel() * s.element_size() for layer in self.layers for s in layer.stores)
 
     def positions(self, T):
         """Those of the next T tokens, (T,). IndexError if there is no room for them."""
@@ -189,15 +211,6 @@ class KVCache:
             raise IndexError(f"the KV cache holds {self.max_len} tokens, there is no room for token "
                              f"{self.length + T}")
         return self.position + torch.arange(T, device=self.position.device)
-
-    def append(self, layer, *new):
-        """Stores (B, T, ...) behind what the layer holds → all that it has, (B, max_len, ...) each, and the
-        mask (T, max_len) of what the T tokens see."""
-        positions = self.positions(new[0].size(1))
-        for store, tensor in zip(self.stores, new, strict=True):
-            store[layer].index_copy_(1, positions, tensor.to(store.dtype))
-        mask = torch.arange(self.max_len, device=positions.device) <= positions.unsqueeze(1)
-        return [store[layer] for store in self.stores], mask
 
     def advance(self, T):
         """T tokens more are held: every layer has appended them."""
@@ -218,13 +231,13 @@ class MoVEAttention(nn.Module):
     """Causal multi-head attention, rotary, with QK-norm, over the mixed values of equation 3.
 
     attention(x, rotary, memory=None, cache=None): x (B, T, d); (cos, sin) of the T positions for
-    width d_h; memory (B, T, M, d) → (B, T, d). n_slots=0 is the plain transformer, bit-identical.
-    layer: which layer of the cache is this one's.
+    width d_h; memory (B, T, M, d); the LayerCache of this layer → (B, T, d). n_slots=0 is the plain
+    transformer, bit-identical.
     """
 
-    def __init__(self, dim, n_heads, n_slots=0, gate_value=True, layer=0):
+    def __init__(self, dim, n_heads, n_slots=0, gate_value=True):
         super().__init__()
-        self.n_heads, self.head_dim, self.layer = n_heads, dim // n_heads, layer
+        self.n_heads, self.head_dim = n_heads, dim // n_heads
         self.w_q = Linear(dim, dim)
         self.w_k = Linear(dim, dim)
         self.w_v = Linear(dim, dim)
@@ -245,7 +258,7 @@ class MoVEAttention(nn.Module):
         q, k = self.queries_and_keys(x, rotary)
         v, mask = self.values(x, memory), None
         if cache is not None:
-            (k, v), mask = cache.append(self.layer, k, v)
+            (k, v), mask = cache.append(k, v)
         return self.w_o(causal_attention(q, k, v, mask).flatten(-2))
 
 
@@ -263,9 +276,9 @@ class MoVELatentAttention(nn.Module):
     must be divisible by n_heads.
     """
 
-    def __init__(self, dim, n_heads, n_slots=0, gate_value=True, layer=0, *, kv_rank, rope_dim):
+    def __init__(self, dim, n_heads, n_slots=0, gate_value=True, *, kv_rank, rope_dim):
         super().__init__()
-        self.n_heads, self.head_dim, self.layer = n_heads, dim // n_heads, layer
+        self.n_heads, self.head_dim = n_heads, dim // n_heads
         self.kv_rank, self.rope_dim = kv_rank, rope_dim
         self.w_q = Linear(dim, n_heads * (self.head_dim + rope_dim))
         self.w_down = Linear(dim, kv_rank + rope_dim)  # x → c_KV and the rotary key that all heads share
@@ -290,7 +303,7 @@ class MoVELatentAttention(nn.Module):
         if cache is None:
             y = self.expanded(q_nope, q_rope, c_s, k_rope)
         else:
-            (c_s, k_rope), mask = cache.append(self.layer, c_s, k_rope)
+            (c_s, k_rope), mask = cache.append(c_s, k_rope)
             y = self.absorbed(q_nope, q_rope, c_s, k_rope, mask)
         return self.w_o(y.flatten(-2))
 
@@ -400,9 +413,9 @@ class Block(nn.Module):
         super().__init__()
         c, n_slots = config, config.layer_slots()[layer]
         if c.attention == "mha":
-            self.attention = MoVEAttention(c.dim, c.n_heads, n_slots, c.gate_value, layer)
+            self.attention = MoVEAttention(c.dim, c.n_heads, n_slots, c.gate_value)
         else:
-            self.attention = MoVELatentAttention(c.dim, c.n_heads, n_slots, c.gate_value, layer,
+            self.attention = MoVELatentAttention(c.dim, c.n_heads, n_slots, c.gate_value,
                                                  kv_rank=c.kv_rank, rope_dim=c.rope_dim)
         self.mlp_up = Linear(c.dim, 4 * c.dim)
         self.mlp_down = Linear(4 * c.dim, c.dim, std=0)
@@ -483,34 +496,55 @@ class GPT(nn.Module):
         With a cache, idx continues what it holds. ValueError beyond seq_len tokens, RuntimeError for
         targets of another shape.
         """
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.logits(x)
+        if targets.shape != idx.shape:
+            raise RuntimeError(f"targets {tuple(targets.shape)} do not fit token ids {tuple(idx.shape)}")
+        return self.loss(x, targets)
+
+    def hidden(self, idx, cache=None):
+        """What the last block gives for token ids (B, T): (B, T, d)."""
         T = idx.size(1)
         end = T if cache is None or torch.compiler.is_compiling() else cache.length + T
         if end > self.config.seq_len:
             raise ValueError(f"{end} tokens are more than this model's seq_len, {self.config.seq_len}")
         positions = slice(T) if cache is None else cache.positions(T)
         rotary = self.cos[positions], self.sin[positions]
-        x = rms_norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))  # (B, T, d)
+        x = self.embed(idx)
         memory = None if self.bank is None else self.bank(idx)  # equation 1, once for all layers
-        for block in self.blocks:
-            x = block(x, idx, rotary, memory, cache)
+        layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer_cache in zip(self.blocks, layer_caches, strict=True):
+            x = block(x, idx, rotary, memory, layer_cache)
         if cache is not None:
             cache.advance(T)
-        x = rms_norm(x)
-        if targets is None:
-            return softcap(self.head(x))
-        if targets.shape != idx.shape:
-            raise RuntimeError(f"targets {tuple(targets.shape)} do not fit token ids {tuple(idx.shape)}")
-        return self.loss(x, targets)
+        return x
+
+    def embed(self, idx):
+        """What the first block gets: (B, T, d)."""
+        return rms_norm(self.embedding(idx).to(self.dtype or self.embedding.weight.dtype))
+
+    def logits(self, x):
+        """Of what the last block gives, x (B, T, d): (B, T, V), at least float32."""
+        return softcap(self.head(rms_norm(x)))
 
     def loss(self, x, targets):
         """Mean cross-entropy in nats of the logits of x (B, T, d) for targets (B, T) → ()."""
-        return F.cross_entropy(softcap(self.head(x)).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+
+    def with_blocks(self, blocks):
+        """This model, with the same parts and parameters, whose blocks are run by these functions (x, idx,
+        rotary, memory, cache) → x, as by compiled ones. To be used only: it has no blocks of its own."""
+        twin = copy.copy(self)
+        twin._modules = {name: part for name, part in self._modules.items() if name != "blocks"}
+        twin.blocks = blocks
+        return twin
 
     def new_cache(self, batch, max_len):
         """An empty KVCache for `batch` sequences of up to max_len tokens."""
         weight = self.embedding.weight
-        return KVCache(len(self.blocks), batch, max_len, self.blocks[0].attention.cache_shapes,
-                       self.dtype or weight.dtype, weight.device)
+        return KVCache([block.attention for block in self.blocks], batch, max_len, self.dtype or weight.dtype,
+                       weight.device)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_ids=None,

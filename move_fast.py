@@ -35,6 +35,7 @@ bfloat16 or float16; the bank's is any of these.
 """
 import ast
 import copy
+import functools
 import hashlib
 import inspect
 import itertools
@@ -46,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import move
 
@@ -542,13 +544,13 @@ class FastGPT(move.GPT):
     """The loss without float32 logits; many steps of generation as a CUDA graph."""
 
     def decoding_step(self, pick, steps):
-        if steps < STEPS_TO_COMPILE or not self.head.weight.is_cuda or not is_plain(self):
+        if steps < STEPS_FOR_GRAPH or not self.head.weight.is_cuda or not is_plain(self):
             return super().decoding_step(pick, steps)
-        return compiled_step(self, pick)
+        return fast_step(self, pick, compiled=steps >= STEPS_TO_COMPILE)
 
     def loss(self, x, targets):
         refuse_changes(self)
-        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return linear_cross_entropy(move.rms_norm(x).flatten(0, 1), self.head.weight, targets.flatten())
 
 
 # Exactly these types are swapped. The kernels read the weights of these Linear layers without calling them,
@@ -567,7 +569,8 @@ COPIED = {
     (move.ValueMixer, "forward"): "1b1f3c5c",
     (move.MoVEAttention, "values"): "6e992e76",
     (move.MoVEAttention, "queries_and_keys"): "6443f28b",
-    (move.GPT, "loss"): "390ca7b2"}
+    (move.GPT, "logits"): "756baecb",
+    (move.GPT, "loss"): "ad71336c"}
 KNOWN = {(owner, name): getattr(owner, name) for owner, name in COPIED}
 
 
@@ -851,7 +854,8 @@ def linear_cross_entropy(x, weight, targets):
     return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
-STEPS_TO_COMPILE = 512  # of generation: fewer take less time than the compiler
+# Steps of generation from which on it takes less time to make a CUDA graph first, and to compile it.
+STEPS_FOR_GRAPH, STEPS_TO_COMPILE = 16, 10_000
 
 
 def is_plain(model):
@@ -867,14 +871,15 @@ def is_plain(model):
         for part in parts.values())
 
 
-def compiled_step(model, pick, **how):
+def fast_step(model, pick, compiled, **how):
     """A step of generation for one new token (see move.GPT.decoding_step), sampling included, as one CUDA
-    graph. Several new tokens, those of a prompt, are read as usual.
+    graph. Several new tokens, those of a prompt, are read as usual; and on a CPU there is no graph.
 
     It computes with a plain GPT of the model's config and weights, cast to the dtype of the activations
     once: the numbers are those of the model, as it is now. ValueError for a model with other parts. To be
     called in inference mode.
-    how: what torch.compile gets instead of mode="reduce-overhead".
+    compiled: whether the compiler is asked, which takes seconds. how: what torch.compile gets then, instead
+    of the options that are best for this batch.
     """
     if not is_plain(model):
         raise ValueError("this GPT has parts that its config does not say; take model.decoding_step")
@@ -885,22 +890,76 @@ def compiled_step(model, pick, **how):
                             if isinstance(module, move.ValueBank))}  # only rows of a bank are read, and cast
     twin.load_state_dict({name: tensor if name in kept else tensor.to(dtype)
                           for name, tensor in model.state_dict().items()}, assign=True)
-
-    def step(idx, cache, noise):
-        return pick(twin(idx, cache=cache)[:, -1], noise)
-
-    torch._dynamo.reset_code(step.__code__)  # of earlier models: it remembers a limited number of them
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, **how or dict(mode="reduce-overhead"))
+    graph = None
 
     def next_ids(idx, cache, noise):
+        nonlocal graph
         if idx.size(1) > 1:
-            return step(idx, cache, noise)
-        cache.positions(1)  # raises where the cache is full: compiled code does not look
-        length = cache.length + 1
-        for tensor in (cache.position, *cache.stores):
-            torch._dynamo.mark_static_address(tensor)  # the graph changes it in place
-        new = compiled(idx, cache, noise).clone()  # the next replay overwrites it
-        cache.length = length
-        return new
+            return pick(twin(idx, cache=cache)[:, -1], noise)
+        if graph is None or graph.cache is not cache:
+            graph = StepGraph(*step_of(twin, pick, compiled, idx.size(0), how), idx, cache, noise)
+        return graph(idx, noise)
 
     return next_ids
+
+
+def step_of(model, pick, compiled, batch, how):
+    """(run, finish): run(idx, cache) → what the last block gives; finish(x, noise) → the next ids."""
+    def block_step(block, *inputs):
+        if batch > 1:
+            return block(*inputs)
+        with sdpa_kernel(SDPBackend.MATH):  # which the compiler fuses
+            return block(*inputs)
+
+    def finish(x, noise):
+        return pick(model.logits(x)[:, -1], noise)
+
+    if not compiled:
+        return model.hidden, finish
+    # A text alone: with this option products with one row become sums, which are fused with what surrounds
+    # them. Each function has code of its own: the compiler remembers a few models for one piece of code.
+    how = how or dict(options={"coordinate_descent_tuning": batch == 1})
+    for function in (block_step, finish):
+        function.__code__ = function.__code__.replace()
+    run, finish = (torch.compile(f, fullgraph=True, dynamic=False, **how) for f in (block_step, finish))
+    return model.with_blocks([functools.partial(run, block) for block in model.blocks]).hidden, finish
+
+
+class StepGraph:
+    """A step of generation with this cache as a CUDA graph; without one on a CPU. See step_of."""
+
+    def __init__(self, run, finish, idx, cache, noise):
+        self.run, self.finish, self.cache = run, finish, cache
+        if idx.is_cuda:
+            with torch.cuda.device_of(idx):
+                self.record(idx, noise)
+
+    def record(self, idx, noise):
+        cache = self.cache
+        cache.positions(1)  # raises where the cache is full
+        self.idx, self.noise, self.graph = idx.clone(), noise.clone(), torch.cuda.CUDAGraph()
+        position, length = cache.position.clone(), cache.length
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles; then all is as in any later step
+                self.step(self.idx, self.noise)
+                cache.position.copy_(position)
+                cache.length = length
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.new = self.step(self.idx, self.noise)
+        cache.length = length
+
+    def step(self, idx, noise):
+        return self.finish(self.run(idx, self.cache), noise)
+
+    def __call__(self, idx, noise):
+        if not idx.is_cuda:
+            return self.step(idx, noise)
+        self.cache.positions(1)
+        self.idx.copy_(idx)
+        self.noise.copy_(noise)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.new.clone()  # the next replay overwrites it

@@ -275,14 +275,15 @@ def test_what_a_token_leaves_in_the_cache(n_slots):
     mla = GPT(small_config("mla", n_slots=n_slots, kv_rank=6, rope_dim=4)).new_cache(1, 4)
     assert mha.bytes_per_token == 2 * (2 * 16) * 4  # layers · (k and V_S) · float32
     assert mla.bytes_per_token == 2 * (6 + 4) * 4
-    assert isinstance(mla, KVCache) and sum(store.numel() for store in mla.stores) == 2 * 4 * (6 + 4)
+    assert isinstance(mla, KVCache)
+    assert sum(store.numel() for layer in mla.layers for store in layer.stores) == 2 * 4 * (6 + 4)
 
 
 @pytest.mark.parametrize("n_slots", [0, 3])
 def test_absorbed_latent_attention_is_the_expanded_one(n_slots):
     layer = awake(MoVELatentAttention(32, 4, n_slots, kv_rank=12, rope_dim=6))
     x, memory = torch.randn(2, 11, 32), torch.randn(2, 11, 3, 12)
-    cache = KVCache(1, 2, 11, layer.cache_shapes)
+    cache = KVCache([layer], 2, 11).layers[0]
     rotary = rotary_embedding(torch.arange(11)[:, None], 6)
     expanded, absorbed = (layer(x, rotary, memory, c) for c in (None, cache))
     assert (expanded - absorbed).abs().max() < 1e-5 and expanded.std() > 0.05
@@ -293,7 +294,7 @@ def test_absorbed_latent_attention_is_the_expanded_one(n_slots):
         mixed = [sum(g[..., j // 3, i + 1] * memory[..., i, j] for i in range(3)) for j in range(12)]
         c = torch.stack([g[..., j // 3, 0] * c[..., j] + mixed[j] for j in range(12)], -1)
     c = c / c.square().mean(-1, keepdim=True).sqrt()
-    assert torch.allclose(cache.stores[0][0], c, atol=1e-5)
+    assert torch.allclose(cache.stores[0], c, atol=1e-5)
 
 
 def test_the_keys_of_latent_attention_do_not_grow_with_the_memory():
@@ -302,7 +303,7 @@ def test_the_keys_of_latent_attention_do_not_grow_with_the_memory():
     x, memory = torch.randn(2, 11, 32), torch.randn(2, 11, 3, 12)
     rotary = rotary_embedding(torch.arange(11)[:, None], 6)
     for factor in (1, 1000):
-        cache = KVCache(1, 2, 11, layer.cache_shapes)
+        cache = KVCache([layer], 2, 11).layers[0]
         layer(x, rotary, factor * memory, cache)
         assert cache.stores[0].square().mean(-1).sub(1).abs().max() < 1e-3
 
@@ -482,7 +483,7 @@ def test_bfloat16_activations_and_float32_parameters():
     idx = random_ids(2, 20)
     assert model(idx).dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
     assert 1e-4 < (model(idx) - reference(idx)).abs().max() < 0.3
-    assert model.new_cache(1, 4).stores[0].dtype == torch.bfloat16
+    assert model.new_cache(1, 4).layers[0].stores[0].dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------- the README's claims

@@ -418,15 +418,15 @@ def test_overhead_refuses_what_it_cannot_measure():
 
 def test_steps_of_generation_are_timed(monkeypatch, capsys):
     import move_fast
-    real = move_fast.compiled_step
-    monkeypatch.setattr(move_fast, "compiled_step", lambda *about: real(*about, backend="eager"))
+    real = move_fast.fast_step
+    monkeypatch.setattr(move_fast, "fast_step", lambda *about, **how: real(*about, **how, backend="eager"))
     experiments.main("decode --variants move-x1 standard-mla --batch 1 2 --seq_len 4 --depth 1 --rounds 2 "
                      "--vocab_size 64".split())
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[3:]]
     assert [(row[0].strip(), int(row[1])) for row in rows] == [
         ("move-x1", 1), ("move-x1", 2), ("standard-mla", 1), ("standard-mla", 2)]
     # keys and V_S are 2 · 128 · 4 bytes, c_S and rotary key (64 + 64) · 4
-    assert [int(row[5].replace(",", "")) for row in rows] == [1024, 1024, 512, 512]
+    assert [int(row[6].replace(",", "")) for row in rows] == [1024, 1024, 512, 512]
     for flags in (["--batch", 0], ["--variants", "move-x4-reference"], ["--rounds", 0]):
         fails(experiments, ["decode", *flags], flags[0])
 
