@@ -22,7 +22,7 @@ from move_store import borrow, copy_rows, empty_bank, host_memory, ids_of, prefe
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
-from train_gpt import build, load_run, sum_gradients
+from train_gpt import build, compile_parts, load_run, sum_gradients
 
 
 def read_samples(path):
@@ -116,7 +116,7 @@ class Variant:
             accelerate(self.model)
         self.zero_grad = nn.Module.zero_grad if reference else zero_grad
         self.optimizers = make_optimizers(self.model)
-        self.compiled = torch.compile(self.model, fullgraph=True)
+        self.compiled = compile_parts(self.model)
         self.zero_grad(self.model)
         self.forward_backward, self.step_ms, self.losses, self.peak = [], [], [], 0
 
@@ -255,7 +255,7 @@ class Home:
         self.model = build(config, args, machine.device)
         self.zero_grad = zero_grad if args.kernels else nn.Module.zero_grad
         self.optimizers = make_optimizers(self.model)
-        self.compiled = torch.compile(self.model, fullgraph=True) if cuda else self.model
+        self.compiled = compile_parts(self.model) if cuda else self.model
         self.seconds, self.loss, self.peak = [], None, 0
 
     def bank_bytes(self):

@@ -432,7 +432,7 @@ class Memory:
             raise ValueError(f"the kernels take up to {MAX_TOKENS:,} tokens at a time, not {idx.numel():,}")
         self.weight, self.idx, self.gradient, self.key = weight, idx, gradient, key
         self.plan = make_plan(torch.ops.move.checked_ids(idx, weight.size(0), key))
-        self.tickets, self.layer = (), None
+        self.tickets, self.pair, self.layer = (), None, None  # pair: see of_layer
 
     def tensor(self):
         """M_t (B, T, M, W), as the reference has it."""
@@ -470,16 +470,32 @@ class Memory:
         # Inside a backward pass, a checkpointed layer runs again: its gradient may come by itself, so that
         # it needs tickets of its own.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        pair = self.pair or self.take(vz.detach(), n_heads, gated, again)
+        return mixed(vz, *pair, self.weight, plan, n_heads, gated)
+
+    def take(self, like, n_heads, gated, again=False):
+        """A pair of tickets, for a layer whose vz is like this. again: for it alone."""
         if again or not self.tickets:
-            new = tickets(self.weight, self.gradient, plan, vz.detach(), n_heads, gated, self.key,
+            new = tickets(self.weight, self.gradient, self.plan, like, n_heads, gated, self.key,
                           not torch.compiler.is_compiling())
-            self.layer = layer
-        if again:
-            return mixed(vz, *new[:2], self.weight, plan, n_heads, gated)
-        if not self.tickets:
+            self.layer = (like.shape, like.dtype, n_heads, gated)
+            if again:
+                return new[:2]
             self.tickets = new
         pair, self.tickets = self.tickets[:2], self.tickets[2:]
-        return mixed(vz, *pair, self.weight, plan, n_heads, gated)
+        return pair
+
+    def of_layer(self, mixer, dtype):
+        """This memory for one layer with activations of this dtype, which holds its pair of tickets: nothing
+        in it changes when it is read, and equal layers, each with its own, are the same to the compiler."""
+        mine = copy.copy(self)
+        if torch.is_grad_enabled() and dtype in DTYPES:
+            (M, W), H = self.weight.shape[1:], mixer.n_heads
+            gates = H * (M + mixer.gate_value)
+            like = self.weight.new_empty((), dtype=dtype).expand(self.idx.numel(), W + gates + -gates % 64)
+            mine.pair, mine.layer = self.take(like, H, mixer.gate_value), self.layer
+        mine.tickets = ()  # those of the others
+        return mine
 
 
 # --------------------------------------------------------------------------------- the swapped modules

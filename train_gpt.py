@@ -395,6 +395,30 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
         raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
 
 
+def compile_parts(model, **how):
+    """`model`, with its parameters, in compiled code for training. Equal blocks are compiled once, so that
+    the compiler takes no longer for many of them. `model` itself stays as it is.
+    how: what torch.compile gets besides."""
+    def compiled(function):
+        # Of one piece of code the compiler remembers a few models only: each gets code of its own.
+        function.__code__ = function.__code__.replace()
+        return torch.compile(function, fullgraph=True, **how)
+
+    run = compiled(lambda block, *inputs: block(*inputs))
+
+    def part(block):
+        def forward(x, idx, rotary, memory, cache):
+            if hasattr(memory, "of_layer"):  # of the kernels
+                memory = memory.of_layer(block.attention.mixer, x.dtype)
+            return run(block, x, idx, rotary, memory, cache)
+        return forward
+
+    fast = model.with_blocks([part(block) for block in model.blocks])
+    fast.embed = compiled(lambda idx: model.embed(idx))
+    fast.loss = compiled(lambda x, targets: model.loss(x, targets))
+    return fast
+
+
 class Training:
     """The state of a run while it trains, and the steps of the loop."""
 
@@ -415,7 +439,7 @@ class Training:
         if machine.main:
             self.log = Log(args.out_dir / "log.jsonl", None if saved is None else self.first)
             copy_decoder(data, args.out_dir)
-        self.fast_model = torch.compile(model, fullgraph=True) if args.compile else model
+        self.fast_model = compile_parts(model) if args.compile else model
         self.restart_clock()
 
     def restart_clock(self):
@@ -523,7 +547,8 @@ class Training:
                 peak = result["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.machine.device)
                 text += f"  peak memory {peak / 2**30:.1f} GiB"
             self.log(text, step=self.step, **{"val_" + self.unit.replace(" ", "_"): bits}, **result)
-            update_curves(args.out_dir)
+            if self.step:  # else there is no curve yet
+                update_curves(args.out_dir)
         self.restart_clock()
 
     def save(self):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import HERE
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import move
 import move_store
+import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 
 pytest.importorskip("triton")
@@ -229,6 +230,45 @@ def test_an_accelerated_model_has_the_losses_and_gradients_of_the_reference(kind
     same(got, step(reference))
     if in_place and model.bank is not None:
         assert model.bank.weight.grad is model.bank.gradient
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fast, in_place", [(False, False), (True, False), (True, True)])
+def test_equal_blocks_are_compiled_once(kind, fast, in_place):
+    """With the losses and gradients of the reference. Of LaVE every other block has a table."""
+    config = small_config(**{**dict(n_layers=5, n_slots=2), **KINDS[kind]})
+    reference, model = (random_model(config) for _ in range(2))
+    assert not fast or accelerate(model)
+    if in_place:
+        move_fast.zero_grad(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = train_gpt.compile_parts(model, backend=counter)
+    assert compiled.state_dict().keys() < model.state_dict().keys() == reference.state_dict().keys()
+    with torch.no_grad():  # an evaluation, which watches the gates
+        calls = []
+        hooks = [m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in model.modules()
+                 if isinstance(m, ValueMixer)]
+        idx = random_ids(2, 20)
+        assert model(idx, idx).item() == pytest.approx(reference(idx, idx).item(), rel=1e-5)
+        assert len(calls) == len(hooks)
+        [hook.remove() for hook in hooks]
+    same(step(model, lambda model: compiled), step(reference))
+    assert counter.frame_count == (4 if kind == "lave" else 3)  # embedding, block and loss
+    torch._dynamo.reset()
+
+
+def test_blocks_of_many_models_are_compiled():
+    """More than the compiler remembers for one piece of code."""
+    idx, models, counter = random_ids(1, 8), [], CompileCounter()
+    for i in range(10):
+        model = random_model(small_config(n_layers=2, dim=8 * (i + 1), n_heads=1))
+        assert accelerate(model)
+        models.append((train_gpt.compile_parts(model, backend=counter), model))
+    for _ in range(2):  # none is forgotten
+        for compiled, model in models:
+            assert compiled(idx, idx).item() == pytest.approx(model(idx, idx).item(), rel=1e-6)
+    assert counter.frame_count == 30  # embedding, block and loss of each
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla", "lave"])
@@ -594,6 +634,19 @@ def test_a_change_after_accelerate_is_honoured_or_raises(change, compiled, monke
     if change not in (class_gates, another_mix):
         change(reference, monkeypatch)
     assert torch.allclose(model(idx, idx), reference(idx, idx), rtol=1e-6)
+
+
+@all_changes
+def test_a_change_is_noticed_where_blocks_are_compiled(change, monkeypatch):
+    torch._dynamo.reset()
+    model, idx = random_model(small_config()), random_ids(2, 20)
+    assert accelerate(model)
+    compiled = train_gpt.compile_parts(model, backend="eager")
+    compiled(idx, idx)
+    change(model, monkeypatch)
+    with pytest.raises((RuntimeError, AttributeError)):
+        compiled(idx, idx)
+    torch._dynamo.reset()
 
 
 EDITS = [("g = 2 * torch.sigmoid(z)", "g = 2 * torch.sigmoid(z + self.bias)"),
