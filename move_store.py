@@ -27,6 +27,7 @@ Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is 
 (M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
 """
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -279,6 +280,16 @@ def copy_rows(to, to_rows, source, source_rows):
 # --------------------------------------------------------------------------- the bank that borrows
 
 
+class Share(NamedTuple):
+    """Who reads which rows in a step; NumPy arrays."""
+    ids: np.ndarray  # (n,) that this process reads
+    order: np.ndarray  # (n,) their indices, sorted by the process that owns them
+    given: np.ndarray  # (N,) how many this process gets of each
+    asked: np.ndarray  # (N,) how many each gets of this one
+    rows: np.ndarray  # the different ones of this process's rows that are asked for
+    at: np.ndarray  # which of these, for each row that is asked for, process by process
+
+
 class StoredBank(nn.Module):
     """A ValueBank (V, M, d) whose rows live elsewhere: bank(idx) → memory (B, T, M, d), after bank.read(ids).
 
@@ -302,6 +313,7 @@ class StoredBank(nn.Module):
         self.register_buffer("place", torch.zeros(vocab_size, dtype=torch.int64, device=device),
                              persistent=False)  # of an id in the working set
         self.vocab_size, self.steps = vocab_size, Steps(device)
+        self.coming = None  # the Share of the next read, if prefetch said which
         mine = len(range(self.rank, vocab_size, self.n))
         self.rows = {"gpu": DeviceRows, "host": HostRows}[home](mine, n_slots, dim, dtype, device)
         self.draw(generator)
@@ -330,30 +342,47 @@ class StoredBank(nn.Module):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
         as they are after the last update, without a gradient."""
         self.working_set.weight.grad = None  # of other ids
-        owner = ids % self.n
-        order = np.argsort(owner, kind="stable")
-        self.given = np.bincount(owner, minlength=self.n)  # rows that this process gets of each
-        self.asked = self.exchange_counts(self.given)  # and that each gets of this one
-        asked = self.exchange_ids(ids[order] // self.n)
-        rows, self.at = np.unique(asked, return_inverse=True)  # of this process's rows
-        self.held = to_device(rows, self.place.device)
-        self.slots = self.rows.hold(rows)
+        coming = self.coming
+        if coming is None or not self.all_agree(np.array_equal(ids, coming.ids)):
+            coming = self.share(ids)
+        else:
+            self.coming = None
+        self.now = now = coming
+        self.held = to_device(now.rows, self.place.device)
+        self.slots = self.rows.hold(now.rows)
         out = self.room(len(ids))
         if self.n == 1:
             self.look_up(self.slots, self.held, out)
         else:
-            at = to_device(self.at, self.place.device)
-            values = out.new_empty(len(asked), *out.shape[1:])
+            at = to_device(now.at, self.place.device)
+            values = out.new_empty(len(now.at), *out.shape[1:])
             self.look_up(self.slots[at], self.held[at], values)
-            exchange(out, values, self.given, self.asked)
+            exchange(out, values, now.given, now.asked)
         self.place.fill_(len(self.working_set.weight))  # an id that was not read has no place
-        index = to_device(ids[order], self.place.device)
+        index = to_device(ids[now.order], self.place.device)
         self.place[index] = torch.arange(len(ids), device=index.device)
 
     def prefetch(self, ids):
-        """Says which ids the next `read` will have, while the GPU works on this step."""
-        if self.n == 1:
-            self.rows.prefetch(ids)
+        """Says which ids the next `read` will have, while the GPU works on this step. All processes call it,
+        or none."""
+        self.coming = self.share(ids)
+        self.rows.prefetch(self.coming.rows)
+
+    def share(self, ids):
+        """Who reads which rows: see Share."""
+        owner = ids % self.n
+        order = np.argsort(owner, kind="stable")
+        given = np.bincount(owner, minlength=self.n)
+        asked = self.exchange_counts(given)
+        rows, at = np.unique(self.exchange_ids(ids[order] // self.n, given, asked), return_inverse=True)
+        return Share(ids, order, given, asked, rows, at)
+
+    def all_agree(self, condition):
+        """Whether it holds in all processes: they do the same then."""
+        if self.n > 1:
+            condition = torch.tensor(int(condition))
+            dist.all_reduce(condition, dist.ReduceOp.MIN)
+        return bool(condition)
 
     def look_up(self, slots, rows, out):
         """The rows in these slots, as they are now, into out."""
@@ -379,7 +408,7 @@ class StoredBank(nn.Module):
     def update(self, lr):
         """A step of AdamW for the rows that were read, by the gradient of the working set."""
         weight, steps = self.working_set.weight, self.steps
-        n = int(self.given.sum())
+        n = int(self.now.given.sum())
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
         received = self.received_gradients(g)
         numbers = steps.numbers(lr, wide(g[:0]).dtype)
@@ -394,10 +423,11 @@ class StoredBank(nn.Module):
         """[(which of the rows held, ascending; their gradients)] of each process that read some here."""
         if self.n == 1:
             return []
-        received = g.new_empty(int(self.asked.sum()), *g.shape[1:])
-        exchange(received, g, self.asked, self.given)
-        places = np.split(self.at, np.cumsum(self.asked)[:-1])
-        return list(zip(places, received.split(self.asked.tolist()), strict=True))
+        _, _, given, asked, _, at = self.now
+        received = g.new_empty(int(asked.sum()), *g.shape[1:])
+        exchange(received, g, asked, given)
+        places = np.split(at, np.cumsum(asked)[:-1])
+        return list(zip(places, received.split(asked.tolist()), strict=True))
 
     def exchange_counts(self, counts):
         if self.n == 1:
@@ -406,11 +436,11 @@ class StoredBank(nn.Module):
         dist.all_to_all_single(received, torch.from_numpy(counts))
         return received.numpy()
 
-    def exchange_ids(self, ids):
+    def exchange_ids(self, ids, given, asked):
         if self.n == 1:
             return ids
-        received = torch.empty(int(self.asked.sum()), dtype=torch.int64)
-        dist.all_to_all_single(received, torch.from_numpy(ids), self.asked.tolist(), self.given.tolist())
+        received = torch.empty(int(asked.sum()), dtype=torch.int64)
+        dist.all_to_all_single(received, torch.from_numpy(ids), asked.tolist(), given.tolist())
         return received.numpy()
 
 

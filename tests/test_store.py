@@ -336,7 +336,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from move import GPT, GPTConfig, memory_parameter_groups
-from move_store import StoredAdamW, StoredBank, borrow, stored_banks
+from move_store import StoredAdamW, StoredBank, borrow, prefetch, stored_banks
 
 def batch(step):
     g = torch.Generator().manual_seed(step)
@@ -355,15 +355,27 @@ def train(home):
     groups = memory_parameter_groups(model)[:-1]
     optimizer = torch.optim.AdamW(groups) if home is None else StoredAdamW(model, groups)
     rank, n = (0, 1) if home is None else (dist.get_rank(), dist.get_world_size())
-    losses, gradients = [], []
-    for step in range(20):
+    losses, shares = [], []
+
+    def mine(step):
         idx, targets = (t[rank::n] for t in batch(step))
         if step == 11 and n > 1 and rank == 1:
             idx, targets = idx[:0], targets[:0]        # this process has nothing to do
         if step == 11 and n == 1:                      # what the others do then
             keep = [i for i in range(3) if {n} == 1 or i % {n} != 1]
             idx, targets = idx[keep], targets[keep]
+        return idx, targets
+
+    for bank in stored_banks(model).values():
+        bank.share = lambda ids, share=bank.share: shares.append(1) or share(ids)
+    for step in range(20):
+        idx, targets = mine(step)
+        if step == 5:                                  # an evaluation: what is prefetched is not lost
+            borrow(model, [batch(100)[0]])
         borrow(model, [idx] if len(idx) else [])
+        if step < 19:
+            following = mine(step + 1)[0]
+            prefetch(model, [following] if len(following) else [])
         model.zero_grad()
         loss = model(idx, targets) * len(idx) / 3 if len(idx) else torch.zeros((), requires_grad=True)
         loss.backward()
@@ -372,6 +384,7 @@ def train(home):
             dist.all_reduce(total)
         losses.append(total.item())
         optimizer.step()
+    assert len(shares) == 21 * len(stored_banks(model))  # once for each step and for the evaluation
     return losses
 
 dist.init_process_group("gloo")
