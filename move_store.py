@@ -26,6 +26,7 @@ after step r, not as it fades. Where √v is not far from eps, a row that waits 
 Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is here all that an id has,
 (M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
 """
+import contextlib
 import weakref
 from typing import NamedTuple
 
@@ -90,10 +91,11 @@ def update_rows(near, slots, c, left, g, numbers):
 
 
 def kernels_for(tensor):
-    """move_fast.py, if a tensor is on a GPU and of a dtype that its kernels know."""
+    """move_fast.py, if a tensor is on a GPU and of a dtype that its kernels know; None without Triton."""
     if tensor.is_cuda and tensor.dtype != torch.float64:
-        import move_fast  # needs Triton
-        return move_fast
+        with contextlib.suppress(ImportError):
+            import move_fast
+            return move_fast
 
 
 class Steps:
@@ -119,7 +121,7 @@ class Steps:
         return torch.stack([beta ** (self.t + 1 - last).double() for beta in self.betas])
 
     def numbers(self, lr, dtype):
-        """What `update` needs for the next step: 1 - β1, 1 - β2, lr/(1 - β1^t), 1 - β2^t and eps."""
+        """What a step needs next: 1 - β1, 1 - β2, lr/(1 - β1^t), 1 - β2^t and eps."""
         (beta1, beta2), t = self.betas, self.t + 1
         numbers = 1 - beta1, 1 - beta2, lr / (1 - beta1 ** t), 1 - beta2 ** t, self.eps
         return to_device(torch.tensor(numbers, dtype=dtype).numpy(), self.c.device)
@@ -401,7 +403,9 @@ class StoredBank(nn.Module):
         if n > len(weight):
             larger = min(self.vocab_size, n + n // 4 + 64)  # each time torch.compile compiles anew
             weight.data = weight.data.new_zeros(0, *weight.shape[1:])  # frees it first
-            weight.data = weight.data.new_zeros(larger, *weight.shape[1:])
+            # A new parameter, since the loss of a step before, if it is still there, knows the old shape.
+            weight = nn.Parameter(weight.data.new_zeros(larger, *weight.shape[1:]))
+            self.working_set.weight = weight
         return weight.data[:n]
 
     @torch.no_grad()
@@ -487,14 +491,19 @@ def ids_of(batches, vocab_size):
 def borrow(model, batches):
     """The stored banks of a model read the rows of token ids, (B, T) tensors on the CPU. All processes call
     it, also one without any batch."""
-    for bank in stored_banks(model).values():
-        bank.read(ids_of(batches, bank.vocab_size))
+    each_bank(model, batches, StoredBank.read)
 
 
 def prefetch(model, batches):
-    """Says which batches the next `borrow` will get."""
-    for bank in stored_banks(model).values():
-        bank.prefetch(ids_of(batches, bank.vocab_size))
+    """Says which batches the next `borrow` will get. All processes call it, or none."""
+    each_bank(model, batches, StoredBank.prefetch)
+
+
+def each_bank(model, batches, call):
+    if banks := stored_banks(model).values():
+        ids = ids_of(batches, max(bank.vocab_size for bank in banks))
+        for bank in banks:
+            call(bank, ids)
 
 
 class StoredAdamW:
@@ -504,6 +513,8 @@ class StoredAdamW:
     def __init__(self, model, groups):
         banks = {bank.working_set.weight: bank for bank in stored_banks(model).values()}
         self.param_groups = [dict(group, banks=[banks[p] for p in group["params"]]) for group in groups]
+        for group in self.param_groups:
+            del group["params"]  # a working set that grows is another parameter
         if any(group["weight_decay"] for group in groups):
             raise ValueError("rows that are not read cannot decay: the weight decay must be 0")
         for group in self.param_groups:

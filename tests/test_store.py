@@ -281,6 +281,39 @@ def test_only_rows_that_are_needed_move():
     assert moved(*range(900)) > 800 and len(rows.row_in) >= 900  # more slots
 
 
+@every_home
+def test_a_working_set_that_grows(home):
+    """Also where the loss of the step before is still there."""
+    model, optimizer = build(home, torch.float32)
+    for n in (8, 80, 200):
+        idx = torch.arange(n).view(-1, 8)
+        borrow(model, [idx])
+        loss = model(idx, idx)
+        loss.backward()
+        optimizer.step()
+    assert len(model.bank.working_set.weight) == 200
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
+@every_home
+def test_a_step_does_not_wait_for_the_gpu(home):
+    model = GPT(GPTConfig(vocab_size=200, seq_len=8, n_layers=2, n_heads=2, dim=32, n_slots=2),
+                bank=functools.partial(StoredBank, home=home, device="cuda")).cuda()
+    optimizer = StoredAdamW(model, memory_parameter_groups(model)[:-1])
+    for step in range(4):
+        idx = torch.arange(8 * step, 8 * step + 8).view(1, 8)
+        on_gpu = idx.pin_memory().cuda(non_blocking=True)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            borrow(model, [idx])
+            prefetch(model, [idx + 8])
+            model.zero_grad()
+            model(on_gpu, on_gpu).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_the_device_holds_no_more_for_more_ids():
     """Its memory follows from the ids of a step, not from those of the vocabulary."""
     sizes = []
@@ -312,16 +345,19 @@ def test_pieces_change_nothing(monkeypatch):
 @pytest.mark.parametrize("memory", ["move", "lave"])
 def test_the_optimizers_of_a_stored_bank(memory):
     """Each parameter is in one group of one optimizer; the rates of the banks are those of plain ones."""
+    def params_of(group):
+        return [bank.working_set.weight for bank in group["banks"]] if "banks" in group else group["params"]
+
     rates = []
     for home in (None, "host"):
         model, _ = build(home, torch.float32, memory=memory)
         optimizers = make_optimizers(model)
-        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in params_of(group)]
         assert len(held) == len(set(held)) and set(held) == set(model.parameters())
         banks = {m.weight for name, m in model.named_modules() if hasattr(m, "std") and hasattr(m, "weight")
                  and not hasattr(m, "in_features")}
         rates.append(sorted(group["peak_lr"] for optimizer in optimizers for group in optimizer.param_groups
-                            if banks.intersection(group["params"])))
+                            if banks.intersection(params_of(group))))
     assert rates[0] == rates[1]
 
 
