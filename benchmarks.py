@@ -265,14 +265,19 @@ class Home:
         tensors = [*weights, *weights, *(stored or weights + weights)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def measure_peak(self, batches):
+        """Of GPU memory, while no model is there that was made later."""
+        if self.machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.steps(batches)
+            self.peak = torch.cuda.max_memory_allocated() - self.before
+
     def rows_moved(self):
         return sum(getattr(bank.rows, "moved", 0) for bank in stored_banks(self.model).values())
 
     def steps(self, batches):
         """A step for each of `batches`, [(idx, targets), …] each, after which the first comes again → seconds
         a step."""
-        if self.machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         self.machine.sum([0])  # waits for the other processes
         start = time.perf_counter()
         for now, later in itertools.pairwise([*batches, batches[0]]):
@@ -288,8 +293,6 @@ class Home:
             for optimizer in self.optimizers:
                 optimizer.step()
         self.loss, = self.machine.sum([loss.item() * len(now)])  # waits for the GPU
-        if self.machine.device.type == "cuda":
-            self.peak = torch.cuda.max_memory_allocated() - self.before
         return (time.perf_counter() - start) / len(batches)
 
 
@@ -355,7 +358,7 @@ def measure_homes(args, machine):
         found += compare_homes(scale, args, machine, series, say)
         torch._dynamo.reset()  # it remembers models
         gc.collect()
-    if machine.main:
+    if machine.main and found:
         draw_homes(found, args.out)
 
 
@@ -367,6 +370,7 @@ def compare_homes(scale, args, machine, series, say):
         try:
             homes.append(Home(home, config, machine))
             homes[-1].steps(series[:2])  # compiles; the next step is that of series[0]
+            homes[-1].measure_peak(series)
         except torch.OutOfMemoryError:
             say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
             homes = [variant for variant in homes if variant.home != home]

@@ -580,7 +580,7 @@ class GPT(nn.Module):
 
     def decoding_step(self, pick, steps):
         """step(idx (B, T), cache, noise) → the next ids (B,), by pick(logits (B, V), noise). It is to be
-        taken `steps` times: for many, move_fast.py has one that is worth being compiled."""
+        taken `steps` times: for many, move_fast.py has one that is worth some preparation."""
         return lambda idx, cache, noise: pick(self(idx, cache=cache)[:, -1], noise)
 
     def parameter_counts(self):

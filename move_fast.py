@@ -767,7 +767,8 @@ def copy_rows(to, to_rows, source, source_rows):
     if n := len(source_rows):
         word = torch.int32 if to[0].numel() * to.element_size() % 4 == 0 else torch.int16
         to, source = (t.flatten(1).view(word) for t in (to, source))
-        copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)
+        with torch.cuda.device_of(source_rows):
+            copy_rows_kernel[min(n, COPIERS),](to, to_rows, source, source_rows, n, to.size(1), BLOCK=4096)
 
 
 @triton.jit
@@ -805,15 +806,18 @@ def read_rows(out, near, slots, c, numbers):
     """move_store.read_rows, in one pass."""
     if n := len(slots):
         width = near[0, 0].numel()
-        read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), numbers, width, BLOCK=1024)
+        with torch.cuda.device_of(near):
+            read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), numbers, width,
+                                                          BLOCK=1024)
 
 
 def update_rows(near, slots, c, left, g, numbers):
     """move_store.update_rows, in one pass."""
     if n := len(slots):
         width = near[0, 0].numel()
-        update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, numbers, n,
-                                                        width, BLOCK=1024)
+        with torch.cuda.device_of(near):
+            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, numbers,
+                                                            n, width, BLOCK=1024)
 
 
 # ----------------------------------------------------------------------------- the loss, generation
@@ -893,7 +897,7 @@ def fast_step(model, pick, compiled, **how):
 
     It computes with a plain GPT of the model's config and weights, cast to the dtype of the activations
     once: the numbers are those of the model, as it is now. ValueError for a model with other parts. To be
-    called in inference mode.
+    called in inference mode, with noise.
     compiled: whether the compiler is asked, which takes seconds. how: what torch.compile gets then, instead
     of the options that are best for this batch.
     """
@@ -906,21 +910,27 @@ def fast_step(model, pick, compiled, **how):
                             if isinstance(module, move.ValueBank))}  # only rows of a bank are read, and cast
     twin.load_state_dict({name: tensor if name in kept else tensor.to(dtype)
                           for name, tensor in model.state_dict().items()}, assign=True)
-    graph = None
+    steps_of = functools.cache(lambda batch: step_of(twin, pick, compiled, batch, how))
+    graphs = weakref.WeakKeyDictionary()  # cache → StepGraph
 
     def next_ids(idx, cache, noise):
-        nonlocal graph
         if idx.size(1) > 1:
             return pick(twin(idx, cache=cache)[:, -1], noise)
-        if graph is None or graph.cache is not cache:
-            graph = StepGraph(*step_of(twin, pick, compiled, idx.size(0), how), idx, cache, noise)
-        return graph(idx, noise)
+        if cache.length >= model.config.seq_len:
+            raise ValueError(f"this model reads {model.config.seq_len} tokens (seq_len), and no more")
+        cache.positions(1)  # raises where the cache is full
+        step = steps_of(idx.size(0))
+        if not idx.is_cuda:
+            return step(idx, cache, noise)
+        if cache not in graphs:
+            graphs[cache] = StepGraph(step, idx, cache, noise)
+        return graphs[cache](idx, cache, noise)
 
     return next_ids
 
 
 def step_of(model, pick, compiled, batch, how):
-    """(run, finish): run(idx, cache) → what the last block gives; finish(x, noise) → the next ids."""
+    """step(idx (batch, 1), cache, noise) → the next ids."""
     def block_step(block, *inputs):
         if batch > 1:
             return block(*inputs)
@@ -930,52 +940,52 @@ def step_of(model, pick, compiled, batch, how):
     def finish(x, noise):
         return pick(model.logits(x)[:, -1], noise)
 
-    if not compiled:
-        return model.hidden, finish
-    # A text alone: with this option products with one row become sums, which are fused with what surrounds
-    # them. Each function has code of its own: the compiler remembers a few models for one piece of code.
-    how = how or dict(options={"coordinate_descent_tuning": batch == 1})
-    for function in (block_step, finish):
-        function.__code__ = function.__code__.replace()
-    run, finish = (torch.compile(f, fullgraph=True, dynamic=False, **how) for f in (block_step, finish))
-    return model.with_blocks([functools.partial(run, block) for block in model.blocks]).hidden, finish
+    fast = model
+    if compiled:
+        # A text alone: with this option products with one row become sums, which are fused with what
+        # surrounds them. Each function has code of its own: the compiler remembers a few models for each.
+        how = how or dict(options={"coordinate_descent_tuning": batch == 1})
+        for function in (block_step, finish):
+            function.__code__ = function.__code__.replace()
+        run, finish = (torch.compile(f, fullgraph=True, dynamic=False, **how) for f in (block_step, finish))
+        fast = model.with_blocks([functools.partial(run, block) for block in model.blocks])
+    return lambda idx, cache, noise: finish(fast.hidden(idx, cache), noise)
+
+
+@functools.cache
+def capture_stream(device):
+    """The stream on which graphs of this device are made: libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 class StepGraph:
-    """A step of generation with this cache as a CUDA graph; without one on a CPU. See step_of."""
+    """A step of generation with this cache and batch as a CUDA graph."""
 
-    def __init__(self, run, finish, idx, cache, noise):
-        self.run, self.finish, self.cache = run, finish, cache
-        if idx.is_cuda:
-            with torch.cuda.device_of(idx):
-                self.record(idx, noise)
-
-    def record(self, idx, noise):
-        cache = self.cache
-        cache.positions(1)  # raises where the cache is full
+    def __init__(self, step, idx, cache, noise):
         self.idx, self.noise, self.graph = idx.clone(), noise.clone(), torch.cuda.CUDAGraph()
         position, length = cache.position.clone(), cache.length
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles; then all is as in any later step
-                self.step(self.idx, self.noise)
+        with torch.cuda.device_of(idx):
+            stream = capture_stream(idx.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # compiles; then all is as in any later step
+                        step(self.idx, cache, self.noise)
+                        cache.position.copy_(position)
+                        cache.length = length
+                torch.cuda.current_stream().wait_stream(stream)
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.new = step(self.idx, cache, self.noise)
+            finally:
                 cache.position.copy_(position)
                 cache.length = length
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.new = self.step(self.idx, self.noise)
-        cache.length = length
 
-    def step(self, idx, noise):
-        return self.finish(self.run(idx, self.cache), noise)
-
-    def __call__(self, idx, noise):
-        if not idx.is_cuda:
-            return self.step(idx, noise)
-        self.cache.positions(1)
+    def __call__(self, idx, cache, noise):
+        if (idx.shape, noise.shape) != (self.idx.shape, self.noise.shape):
+            raise RuntimeError(f"this cache is one of {len(self.idx)} sequences, not of ids "
+                               f"{tuple(idx.shape)} and noise {tuple(noise.shape)}")
         self.idx.copy_(idx)
         self.noise.copy_(noise)
         self.graph.replay()
-        self.cache.length += 1
+        cache.length += 1
         return self.new.clone()  # the next replay overwrites it

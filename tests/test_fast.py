@@ -309,6 +309,16 @@ def test_a_compiled_step_of_generation(kind, sampling, monkeypatch):
     step(torch.tensor([[1]], device=DEVICE), cache, noise)
     with pytest.raises(IndexError):
         step(torch.tensor([[1]], device=DEVICE), cache, noise)
+    torch._dynamo.reset()
+    graphs.clear()
+    with torch.inference_mode():
+        cache = model.new_cache(1, 30)
+        for other in (cache, model.new_cache(1, 30), cache):  # two caches, compiled once
+            assert step(torch.tensor([[1]], device=DEVICE), other, noise).shape == (1,)
+        assert len(graphs) <= 3 and cache.length == cache.position.item() == 2
+        with pytest.raises(ValueError):  # more than seq_len
+            for _ in range(30):
+                step(torch.tensor([[1]], device=DEVICE), cache, noise)
 
 
 def test_a_compiled_step_has_the_weights_in_the_dtype_of_the_activations():
