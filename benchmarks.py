@@ -204,22 +204,30 @@ def overhead(args):
             times = variant.step(batches)
             variant.forward_backward.append(times[0]), variant.step_ms.append(times[1])
 
+    rows = report_overhead(variants, args.tokens)
+    if len(rows) > 1:
+        draw_overhead(rows, args.out)
+
+
+def report_overhead(variants, tokens):
+    """Prints the table → [(name, median, smallest, largest)] of forward and backward over the first."""
     base, rows = variants[0], []
-    print(f"variant, forward+backward in ms and over {base.name}, optimizers in ms, tokens/s, peak GiB and "
-          f"over {base.name} without the bank's own, loss of the first and of the last micro-batch")
+    over = f"over {base.name}"
+    print(f"| variant | forward + backward, ms | {over} | FLOPs {over} | optimizers, ms a step | tokens/s | "
+          f"peak, GiB | {over} without the bank's own, GiB | loss, first to last |\n" + "|---" * 9 + "|")
     for v in variants:
         ms, step_ms = np.median(v.forward_backward), np.median(v.step_ms)
         ratios = np.array(v.forward_backward) / np.array(base.forward_backward)  # round by round
         middle, low, high = (f(ratios) - 1 for f in (np.median, np.min, np.max))
-        speed = args.tokens * MICRO_BATCHES / (MICRO_BATCHES * ms + step_ms) * 1000
+        flops, least = (sum(model.flops_per_token().values()) for model in (v.model, base.model))
+        speed = tokens * MICRO_BATCHES / (MICRO_BATCHES * ms + step_ms) * 1000
         extra = (v.peak - v.bank_bytes()) - (base.peak - base.bank_bytes())
         rows.append((v.name, middle, low, high))
-        print(f"{v.name:20} {ms:6.2f} ({min(v.forward_backward):6.2f} to {max(v.forward_backward):6.2f})  "
-              f"{middle:+6.1%} ({low:+.1%} to {high:+.1%})  {step_ms:6.1f}  {speed:9,.0f}  "
-              f"{v.peak / 2**30:6.2f}  {extra / 2**30:+6.2f}  {v.losses[0]:6.3f} to {v.losses[-1]:.3f}",
-              flush=True)
-    if len(rows) > 1:
-        draw_overhead(rows, args.out)
+        print(f"| {v.name} | {ms:.2f} ({min(v.forward_backward):.2f} to {max(v.forward_backward):.2f}) | "
+              f"{middle:+.1%} ({low:+.1%} to {high:+.1%}) | {flops / least - 1:+.2%} | {step_ms:.1f} | "
+              f"{speed:,.0f} | {v.peak / 2**30:.2f} | {extra / 2**30:+.2f} | {v.losses[0]:.3f} to "
+              f"{v.losses[-1]:.3f} |", flush=True)
+    return rows
 
 
 def draw_overhead(rows, path):

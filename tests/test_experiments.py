@@ -431,6 +431,23 @@ def test_steps_of_generation_are_timed(monkeypatch, capsys):
         fails(experiments, ["decode", *flags], flags[0])
 
 
+def test_the_overhead_table_has_the_operations_beside_the_time(capsys):
+    """By hand: a token of MoVE has H(M + 1) gates of d weights a layer and mixes M + 1 times d numbers."""
+    def variant(name, n_slots, ms):
+        config = GPTConfig(vocab_size=64, seq_len=32, n_layers=2, n_heads=2, dim=16, n_slots=n_slots)
+        return argparse.Namespace(name=name, model=GPT(config), forward_backward=ms, step_ms=[1.0, 1.0],
+                                  peak=2**30, bank_bytes=lambda: 0, losses=[3.0, 2.0])
+
+    rows = benchmarks.report_overhead([variant("standard", 0, [4.0, 2.0]), variant("move", 3, [5.0, 3.0])], 8)
+    assert rows == [("standard", 0, 0, 0), ("move", 0.375, 0.25, 0.5)]
+    *_, standard, move = ([cell.strip() for cell in line.split("|")] for line
+                          in capsys.readouterr().out.splitlines())
+    d, L = 16, 2
+    plain = 2 * (L * (4 * d * d + 8 * d * d)) + 2 * L * 32 * 2 * d + 2 * 64 * d
+    memory = 2 * L * 2 * 4 * d + 2 * L * 4 * d
+    assert standard[4] == "+0.00%" and move[4] == f"{memory / plain:+.2%}"
+
+
 def test_the_overhead_chart_has_a_bar_a_variant(tmp_path):
     rows = [("standard", 0, 0, 0), ("move-x1", 0.02, 0.01, 0.03)]
     benchmarks.draw_overhead(rows, tmp_path / "chart.png")
