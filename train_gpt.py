@@ -404,9 +404,17 @@ def compile_parts(model, **how):
         function.__code__ = function.__code__.replace()
         return torch.compile(function, fullgraph=True, **how)
 
-    run = compiled(lambda block, *inputs: block(*inputs))
+    def code():
+        return compiled(lambda block, *inputs: block(*inputs))
+
+    shared = code()
 
     def part(block):
+        # The compiler takes blocks that differ by a hook for equal ones.
+        hooks = any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
+                    for m in block.modules())
+        run = code() if hooks else shared
+
         def forward(x, idx, rotary, memory, cache):
             if hasattr(memory, "of_layer"):  # of the kernels
                 memory = memory.of_layer(block.attention.mixer, x.dtype)

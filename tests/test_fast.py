@@ -258,6 +258,25 @@ def test_equal_blocks_are_compiled_once(kind, fast, in_place):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("change", [
+    lambda mixer: mixer.register_forward_pre_hook(lambda _, inputs: (*inputs[:2], inputs[2].detach())),
+    lambda mixer: mixer.register_forward_hook(lambda _, inputs, out: 2 * out),
+    lambda mixer: setattr(mixer, "gates", lambda x: ValueMixer.gates(mixer, x) / 2),
+    lambda mixer: setattr(mixer, "__class__", type("Half", (ValueMixer,), dict(
+        gates=lambda self, x: ValueMixer.gates(self, x) / 2)))], ids=range(4))
+def test_a_block_unlike_the_others_is_compiled_apart(change):
+    """Also if only a hook makes the difference, which the compiler does not look for."""
+    torch._dynamo.reset()
+    reference, model, plain = (random_model(small_config(n_layers=4, n_slots=2)) for _ in range(3))
+    for gpt in (reference, model):
+        change(gpt.blocks[2].attention.mixer)
+    compiled = train_gpt.compile_parts(model, backend="aot_eager")
+    expected = step(reference)
+    same(step(model, lambda model: compiled), expected)
+    assert not torch.equal(step(plain)[1]["bank.weight"], expected[1]["bank.weight"])
+    torch._dynamo.reset()
+
+
 def test_blocks_of_many_models_are_compiled():
     """More than the compiler remembers for one piece of code."""
     idx, models, counter = random_ids(1, 8), [], CompileCounter()
