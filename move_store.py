@@ -312,12 +312,14 @@ class StoredBank(nn.Module):
         with torch.device("meta"):
             self.working_set = ValueBank(1, n_slots, dim, std).to(dtype)
         self.working_set.to_empty(device=device)
-        self.register_buffer("place", torch.zeros(vocab_size, dtype=torch.int64, device=device),
-                             persistent=False)  # of an id in the working set
+        self.register_buffer("place", torch.ones(vocab_size, dtype=torch.int64, device=device),
+                             persistent=False)  # of an id in the working set; its length for those not there
         self.vocab_size, self.steps = vocab_size, Steps(device)
-        self.coming = None  # the Share of the next read, if prefetch said which
+        self.now = self.coming = None  # the Share of this read; of the next one, if prefetch said which
         mine = len(range(self.rank, vocab_size, self.n))
-        self.rows = {"gpu": DeviceRows, "host": HostRows}[home](mine, n_slots, dim, dtype, device)
+        if home not in ("gpu", "host"):
+            raise ValueError(f"home must be 'gpu' or 'host', not {home!r}")
+        self.rows = (DeviceRows if home == "gpu" else HostRows)(mine, n_slots, dim, dtype, device)
         self.draw(generator)
 
     def draw(self, generator):
@@ -336,6 +338,8 @@ class StoredBank(nn.Module):
     def forward(self, idx):
         if not self.training and not torch.is_grad_enabled():
             self.read(np.unique(idx.cpu().numpy()))
+        if self.now is None:
+            raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the forward pass")
         return self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
 
     @torch.inference_mode(False)
@@ -411,6 +415,8 @@ class StoredBank(nn.Module):
     @torch.no_grad()
     def update(self, lr):
         """A step of AdamW for the rows that were read, by the gradient of the working set."""
+        if self.now is None:
+            raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the step")
         weight, steps = self.working_set.weight, self.steps
         n = int(self.now.given.sum())
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
@@ -507,11 +513,14 @@ def each_bank(model, batches, call):
 
 
 class StoredAdamW:
-    """AdamW for the stored banks of a model. groups: as memory_parameter_groups makes them, of the weights of
-    working sets. ValueError for weight decay. Like a torch optimizer for a schedule of learning rates."""
+    """AdamW for the stored banks of a model. groups: as memory_parameter_groups makes them, but the last one.
+    A schedule sets the "lr" of param_groups. ValueError for weight decay, and for other parameters."""
 
     def __init__(self, model, groups):
         banks = {bank.working_set.weight: bank for bank in stored_banks(model).values()}
+        if any(p not in banks for group in groups for p in group["params"]):
+            raise ValueError("StoredAdamW takes the groups of the stored banks only: "
+                             "memory_parameter_groups(model)[:-1]")
         self.param_groups = [dict(group, banks=[banks[p] for p in group["params"]]) for group in groups]
         for group in self.param_groups:
             del group["params"]  # a working set that grows is another parameter

@@ -50,7 +50,8 @@ def orthogonalize_shared(matrices):
     if mine:
         part[:len(mine)] = orthogonalize(torch.stack(mine))
     whole = part.new_empty(share * world_size, *part.shape[1:])
-    dist.all_gather_into_tensor(whole.view(torch.uint8), part.view(torch.uint8))  # as bytes, for all backends
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before 2.13
+    gather(whole.view(torch.uint8), part.view(torch.uint8))  # as bytes, for all backends
     return whole[:len(matrices)]
 
 

@@ -77,7 +77,8 @@ def only_run(folder, resume):
             except OSError:  # a file system without locks
                 pass
         if not resume and (folder / "checkpoint.pt").exists():
-            raise UserError(f"{folder} holds a run already; go on with --resume, or give another --out_dir")
+            raise UserError(f"{folder} holds a run already; go on with --resume (and a larger --max_steps, "
+                            "if it has ended), or give another --out_dir")
         for path in folder.glob(".*.????????????????"):  # what a kill left of files half written
             if re.fullmatch(LEFT, path.name):
                 path.unlink()

@@ -333,8 +333,8 @@ def can_sample(model):
     """Whether this process has the whole model. If the bank is dealt out, one line says how to sample."""
     whole = get_world_size() == 1 or not stored_banks(model)
     if not whole:
-        print("no samples, since each process has a part of the bank; see --help for how to sample from a "
-              "checkpoint", flush=True)
+        print("no samples, since each process has a part of the bank; the checkpoint gives some to one "
+              "process, with --prompt (text) or --sample (images)", flush=True)
     return whole
 
 

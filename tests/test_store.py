@@ -234,6 +234,46 @@ def test_an_id_that_was_not_read_is_an_error(home):
     bank.read(np.array([2]))
     with pytest.raises(IndexError):
         bank(torch.tensor([[7]]))  # it was read before, not now
+    new = StoredBank(10, 2, 4, home=home)  # without any read yet
+    for call in (lambda: new(torch.tensor([[0]])), lambda: new.update(0.1)):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_what_a_store_refuses():
+    model, _ = build("host")
+    with pytest.raises(ValueError):
+        StoredAdamW(model, memory_parameter_groups(model))  # with the routers
+    with pytest.raises(ValueError):
+        StoredBank(10, 2, 4, home="cpu")
+
+
+def test_the_example_in_the_documents():
+    """Its bank and its routers learn, on a CPU; batches have different numbers of ids."""
+    page = (HERE / "docs" / "scale.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S)[1]
+    for old, new in {"torch.bfloat16": "torch.float32", '"cuda"': '"cpu"', ".cuda()": ""}.items():
+        assert old in code
+        code = code.replace(old, new)
+    imports, (bank,), (steps,) = (code.split("class ")[0], re.findall("self.bank = (.*)", code),
+                                  re.findall(r"^model = .*", code, flags=re.M | re.S))
+    ids = [torch.randint(0, n, (2, 12), generator=torch.Generator().manual_seed(n)) for n in (5, 40, 190) * 3]
+    losses, names = [], dict(vocab_size=200, dim=64, batches=[(idx, idx) for idx in ids])
+    exec(imports, names)
+
+    def my_model(vocab_size, dim):
+        model = build(None, torch.float32, dim=64, n_slots=4)[0]
+        model.bank = eval(bank, names)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.attention.mixer.router.weight)
+        model.register_forward_hook(lambda model, inputs, loss: losses.append(loss.item()))
+        return model
+
+    names["MyModel"] = my_model
+    exec(steps, names)
+    model = names["model"]
+    assert losses[-1] < losses[2] and len(model.bank.rows.last.nonzero()) == len(torch.cat(ids).unique())
+    assert all(block.attention.mixer.router.weight.any() for block in model.blocks)
 
 
 @every_home
