@@ -1,5 +1,5 @@
-"""Checks and measurements of trained and of random models: the commands words, digits, overhead, decode and
-curves of experiments.py."""
+"""Checks and measurements of trained and of random models: the commands words, digits, overhead, store,
+decode and curves of experiments.py."""
 import argparse
 import dataclasses
 import gc

@@ -32,6 +32,7 @@ class ValueBank(nn.Module):
     """Equation 1. The bank E, `weight` (V, M, d), one per model, read by all its attention layers.
 
     bank(idx): token ids (B, T), int64 in [0, V) → memory (B, T, M, d), in the dtype of the weight.
+    dim: the width d of a slot, that of all values of a token together.
     An id out of range raises IndexError on a CPU and is a device-side assert on CUDA.
     ValueError for a bank without rows, slots or width.
 
@@ -533,8 +534,8 @@ class GPT(nn.Module):
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
 
     def with_blocks(self, blocks):
-        """This model, with the same parts and parameters, whose blocks are run by these functions (x, idx,
-        rotary, memory, cache) → x, as by compiled ones. To be used only: it has no blocks of its own."""
+        """A model that shares all parts and parameters with this one, but calls these functions in place of
+        its blocks: (x, idx, rotary, memory, cache) → x. They may be its blocks, compiled."""
         twin = copy.copy(self)
         twin._modules = {name: part for name, part in self._modules.items() if name != "blocks"}
         twin.blocks = blocks
@@ -580,7 +581,7 @@ class GPT(nn.Module):
 
     def decoding_step(self, pick, steps):
         """step(idx (B, T), cache, noise) → the next ids (B,), by pick(logits (B, V), noise). It is to be
-        taken `steps` times: for many, move_fast.py has one that is worth some preparation."""
+        taken `steps` times: move_fast.py has a faster one, which pays for many."""
         return lambda idx, cache, noise: pick(self(idx, cache=cache)[:, -1], noise)
 
     def parameter_counts(self):

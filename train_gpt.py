@@ -404,16 +404,16 @@ def compile_parts(model, **how):
         function.__code__ = function.__code__.replace()
         return torch.compile(function, fullgraph=True, **how)
 
-    def code():
+    def block_code():
         return compiled(lambda block, *inputs: block(*inputs))
 
-    shared = code()
+    shared = block_code()
 
     def part(block):
         # The compiler takes blocks that differ by a hook for equal ones.
         hooks = any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
                     for m in block.modules())
-        run = code() if hooks else shared
+        run = block_code() if hooks else shared
 
         def forward(x, idx, rotary, memory, cache):
             if hasattr(memory, "of_layer"):  # of the kernels
