@@ -301,11 +301,12 @@ def test_generation_by_the_kernels(kind):
     assert torch.equal(*sampled)
 
 
-@pytest.mark.parametrize("kind", ["mha", "mla", "lave", "none"])
+@pytest.mark.parametrize("kind", ["mha", "heads", "mla", "lave", "none"])
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(top_k=5, n_ids=40), dict(top_p=0.8)])
 def test_a_compiled_step_of_generation(kind, sampling, monkeypatch):
     """The same ids as without it, from the same random numbers; one graph serves all tokens."""
-    model, texts, graphs = random_model(small_config(**KINDS.get(kind, dict(memory="none")))), [], []
+    config = small_config(**{**KINDS, "heads": dict(n_heads=4)}[kind])  # the others have one head
+    model, texts, graphs = random_model(config), [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -875,7 +876,10 @@ sys.path[:0] = [{here!r}, {tests!r}]
 import conftest
 from test_fast import accelerate, random_ids, random_model, small_config, error
 
-dist.init_process_group("gloo")
+gpus = torch.cuda.is_available()
+if gpus:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+dist.init_process_group("nccl" if gpus else "gloo")
 rank = dist.get_rank()
 idx = random_ids(4, 20)
 reference = random_model(small_config())
@@ -932,10 +936,12 @@ dist.destroy_process_group()
 
 
 def test_data_parallel_and_sharded_models(tmp_path):
-    """Two processes over gloo: right gradients, or an error that says what to do."""
+    """Two processes, on a GPU each or on a CPU: right gradients, or an error that says what to do."""
     (tmp_path / "two.py").write_text(DISTRIBUTED.format(here=str(HERE), tests=str(HERE / "tests")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    result = subprocess.run([*torchrun, tmp_path / "two.py"], capture_output=True, text=True, timeout=200)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < 2 else {}
+    result = subprocess.run([*torchrun, tmp_path / "two.py"], capture_output=True, text=True, timeout=200,
+                            env={**os.environ, **hidden})
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 8
@@ -975,6 +981,7 @@ def test_compiled_code_is_the_same_in_each_process():
         torch.compile(model, backend=backend, fullgraph=True)(idx, idx)
     """
     first, second = (subprocess.run([sys.executable, "-c", code.format(n)], check=True, capture_output=True,
-                                    text=True, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}).stdout
+                                    text=True, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1",
+                                                                 "CUDA_VISIBLE_DEVICES": ""}).stdout
                      for n in (0, 100_000))
     assert "mixed" in first and "tickets" in first and first == second
