@@ -1,6 +1,7 @@
 """Checks and measurements of trained and of random models: the commands words, digits, overhead, store,
 decode and curves of experiments.py."""
 import argparse
+import collections
 import dataclasses
 import gc
 import itertools
@@ -18,7 +19,7 @@ from torch import nn
 from command_line import ends_together, set_up_machine
 from lab import draw
 from move import GPT, GPTConfig, ValueBank, sample
-from move_store import borrow, copy_rows, empty_bank, host_memory, ids_of, prefetch, stored_banks
+from move_store import StoredAdamW, borrow, copy_rows, empty_bank, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
 from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
 from run_folder import draw_curves, first_line, read_checkpoint
@@ -249,6 +250,8 @@ def draw_overhead(rows, path):
 
 # ---------------------------------------------------------------------------------- a bank elsewhere
 
+PARTS = "rows", "compute", "gradients", "optimizers"
+
 
 class Home:
     """A model whose bank has this home, and its training steps. For one process 'gpu' is a plain bank."""
@@ -283,25 +286,46 @@ class Home:
     def rows_moved(self):
         return sum(getattr(bank.rows, "moved", 0) for bank in stored_banks(self.model).values())
 
-    def steps(self, batches):
+    def steps(self, batches, lap=lambda part: None):
         """A step for each of `batches`, [(idx, targets), …] each, after which the first comes again → seconds
-        a step."""
+        a step. lap: called at the start, and at the end of each part of a step with its name."""
         self.machine.sum([0])  # waits for the other processes
         start = time.perf_counter()
+        lap("start")
         for now, later in itertools.pairwise([*batches, batches[0]]):
             borrow(self.model, [idx for idx, _ in now])
             prefetch(self.model, [idx for idx, _ in later])
+            lap("rows")
             self.zero_grad(self.model)
             for batch in now:
                 idx, targets = (t.to(self.machine.device, non_blocking=True) for t in batch)
                 loss = self.compiled(idx, targets) / len(now) / self.machine.world_size
                 loss.backward()
+            lap("compute")
             if self.machine.world_size > 1:
                 sum_gradients(self.model)
+            lap("gradients")
             for optimizer in self.optimizers:
                 optimizer.step()
+                lap("rows" if isinstance(optimizer, StoredAdamW) else "optimizers")
         self.loss, = self.machine.sum([loss.item() * len(now)])  # waits for the GPU
         return (time.perf_counter() - start) / len(batches)
+
+    def parts(self, batches):
+        """Milliseconds of each of PARTS in a step, where each one waits for the last: rows that come, their
+        gradients that go and their update; forward and backward; the sum over the processes of all other
+        gradients; the other optimizers."""
+        spent, last = collections.Counter(), 0
+
+        def lap(part):
+            nonlocal last
+            if self.machine.device.type == "cuda":
+                torch.cuda.synchronize()
+            last, before = time.perf_counter(), last
+            spent[part] += 1000 * (last - before) / len(batches)
+
+        self.steps(batches, lap)
+        return [spent[part] for part in PARTS]
 
 
 def link_speed(device, size=1 << 30):
@@ -359,8 +383,8 @@ def measure_homes(args, machine):
     say(f"{n} × {name}, PyTorch {torch.__version__}, depth {args.depth}, vocabulary {args.vocab_size:,}, "
         f"{tokens:,} tokens a step and process with {used:,.0f} different ids, {args.rounds} rounds "
         f"of {args.steps} steps{link}\n| bank | parameters | home | ms a step | over the "
-        "first | tokens/s | rows moved in a step (GB) | bytes on a GPU, a parameter | peak, GiB | loss "
-        "|\n" + "|---" * 10 + "|")
+        "first | tokens/s | rows moved in a step (GB) | bytes on a GPU, a parameter | peak, GiB | loss | "
+        f"{' + '.join(PARTS)}, ms apart |\n" + "|---" * 11 + "|")
     found = []
     for scale in args.scales:
         found += compare_homes(scale, args, machine, series, say)
@@ -380,7 +404,7 @@ def compare_homes(scale, args, machine, series, say):
             homes[-1].steps(series[:2])  # compiles; the next step is that of series[0]
             homes[-1].measure_peak(series)
         except torch.OutOfMemoryError:
-            say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 7)
+            say(f"| ×{scale:g} | | {home} | out of memory" + " |" * 8)
             homes = [variant for variant in homes if variant.home != home]
             gc.collect()
             torch.cuda.empty_cache()
@@ -399,7 +423,8 @@ def compare_homes(scale, args, machine, series, say):
         ms, each = 1000 * np.median(variant.seconds), variant.bank_bytes() / parameters
         say(f"| ×{scale:g} | {parameters / 1e9:.2f}B | {variant.home} | {ms:.1f} | {over} | "
             f"{tokens / ms * 1000:,.0f} | {rows:,.0f} ({rows * size:.2f}) | {each:.2f} | "
-            f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} |")
+            f"{variant.peak / 2**30:.1f} | {variant.loss:.4f} | "
+            f"{' + '.join(f'{ms:.1f}' for ms in variant.parts(series))} |")
         found.append((variant.home, parameters, ms, variant.peak / 2**30))
     return found
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import time
 import weakref
 from pathlib import Path
 
@@ -364,6 +365,7 @@ def test_homes_of_a_bank_are_measured(tmp_path, capsys):
     assert (plain[3], host[3]) == ("gpu", "host") and float(plain[4]) > 0
     assert plain[10] == host[10]  # the losses
     assert plain[7].startswith("0 ") and not host[7].startswith("0 ")
+    assert all(len(line[11].split(" + ")) == 4 for line in (plain, host))
     for flags in (["--tokens", 33, "--seq_len", 32], ["--steps", 0], ["--homes", "disk"]):
         fails(experiments, ["store", *flags], flags[0])
 
@@ -387,6 +389,23 @@ def test_a_round_of_steps_goes_on_where_the_last_one_ended(monkeypatch):
     names, ids = zip(*calls, strict=True)
     assert names == ("hold", "prefetch") * 6
     assert ids[1:-1:2] == ids[2::2] and ids[0] != ids[2]  # what is prefetched is what comes next
+
+
+@pytest.mark.parametrize("slow", range(4))
+def test_the_parts_of_a_step_are_told_apart(slow, monkeypatch):
+    """What takes long is said to."""
+    pytest.importorskip("triton")
+    config = GPTConfig(vocab_size=20, seq_len=8, n_layers=2, n_heads=2, dim=32, n_slots=2)
+    home = benchmarks.Home("host", config, train_gpt.set_up_machine(argparse.Namespace(device="cpu", seed=0)))
+    home.machine = dataclasses.replace(home.machine, world_size=2)
+    monkeypatch.setattr(type(home.machine), "sum", lambda machine, numbers: numbers)
+    series = [[(torch.randint(0, 20, (2, 8)),) * 2] for _ in range(2)]
+    home.optimizers[1].step = lambda step=home.optimizers[1].step: (time.sleep(0.2 * (slow == 3)), step())
+    home.optimizers[2].step = lambda step=home.optimizers[2].step: (time.sleep(0.2 * (slow == 0)), step())
+    home.compiled = lambda *batch: (time.sleep(0.2 * (slow == 1)), home.model(*batch))[1]
+    monkeypatch.setattr(benchmarks, "sum_gradients", lambda model: time.sleep(0.2 * (slow == 2)))
+    parts = home.parts(series)
+    assert len(parts) == 4 and np.argmax(parts) == slow and 200 < parts[slow] < sum(parts)
 
 
 def test_models_of_one_size_are_gone_before_the_next_is_measured(tmp_path, monkeypatch):
