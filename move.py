@@ -159,7 +159,10 @@ def causal_attention(q, k, v, mask=None, scale=None):
 
     q (B, T, H, ·), k and v (B, S, H, ·) → (B, T, H, ·). scale is by default (width of q)^-½.
     """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    # Of a single query this is the transpose, too. The other one gets strides from the compiler that some
+    # kernels refuse ("query is not correctly aligned").
+    q = q.squeeze(1).unsqueeze(2) if q.size(1) == 1 else q.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
 

@@ -34,7 +34,6 @@ takes both their gradients. Sums are float32; products are in the dtype of vz, w
 bfloat16 or float16; the bank's is any of these.
 """
 import ast
-import contextlib
 import copy
 import functools
 import hashlib
@@ -932,13 +931,10 @@ def fast_step(model, pick, compiled, **how):
 
 def step_of(model, pick, compiled, batch, how):
     """step(idx (batch, 1), cache, noise) → the next ids."""
-    # The compiler fuses the plain lines of attention with what surrounds them, which pays for a text alone. A
-    # single head needs them for any batch: PyTorch's kernels refuse the strides that the compiler gives its
-    # query ("query is not correctly aligned", seen in 2.11).
-    fused = batch == 1 or model.config.n_heads == 1
-
     def block_step(block, *inputs):
-        with sdpa_kernel(SDPBackend.MATH) if fused else contextlib.nullcontext():
+        if batch > 1:
+            return block(*inputs)
+        with sdpa_kernel(SDPBackend.MATH):  # which the compiler fuses
             return block(*inputs)
 
     def finish(x, noise):

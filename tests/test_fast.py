@@ -980,8 +980,9 @@ def test_compiled_code_is_the_same_in_each_process():
         move_fast.zero_grad(model)
         torch.compile(model, backend=backend, fullgraph=True)(idx, idx)
     """
-    first, second = (subprocess.run([sys.executable, "-c", code.format(n)], check=True, capture_output=True,
-                                    text=True, cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1",
-                                                                 "CUDA_VISIBLE_DEVICES": ""}).stdout
-                     for n in (0, 100_000))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    results = [subprocess.run([sys.executable, "-c", code.format(n)], capture_output=True, text=True,
+                              cwd=HERE, env=environment) for n in (0, 100_000)]
+    assert not any(result.returncode for result in results), results[0].stderr
+    first, second = (result.stdout for result in results)
     assert "mixed" in first and "tickets" in first and first == second

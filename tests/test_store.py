@@ -560,7 +560,7 @@ def logs_agree(a, b, keys=("loss", "val_bits_per_byte"), **tolerance):
 
 
 def test_a_run_with_the_bank_in_host_memory(runs, capsys):
-    logs_agree(runs["gpu"], runs["host"], rtol=1e-5)
+    logs_agree(runs["gpu"], runs["host"], rtol=1e-4)  # Muon rounds to bfloat16
     assert 0 < log_of(runs["host"], "rows_used")[12] <= 1
     assert files_of(runs["host"]) == ["bank-12-0-of-1.pt", "checkpoint.pt"]
     assert "bank.weight" not in checkpoint(runs["host"])["model"]
