@@ -87,7 +87,8 @@ def parity(lab):
                  compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])]
     lab.write(table, sentences, [
         dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
-             ylabel="validation, bits per byte") for against in ("steps", "seconds")])
+             ylabel="validation, bits per byte")
+        for against in ["steps", "seconds"][:1 + (len(lab.machines) == 1)]])
 
 
 def scaling(lab):

@@ -124,7 +124,9 @@ class Lab:
         if failed:
             raise UserError(f"{len(failed)} runs failed, {failed[0]} first; see {folder}/<run>.txt; the same "
                             "command goes on")
-        return {label: [result(run, folder) for run in runs] for label, runs in methods.items()}
+        done = {label: [result(run, folder) for run in runs] for label, runs in methods.items()}
+        self.machines = sorted({r["machine"] for results in done.values() for r in results})
+        return done
 
     def finished(self, todo, folder, gpus):
         """Trains and yields (run, error or None) as they end."""
@@ -172,10 +174,12 @@ class Lab:
 
     def write(self, table, sentences, panels=()):
         """The report: table, sentences, and a chart of panels (see draw)."""
+        if len(self.machines) > 1:
+            sentences = [*sentences, f"The runs are of {len(self.machines)} machines, so their speeds do not "
+                                     f"compare: {'; '.join(self.machines)}."]
         for sentence in sentences:
             print(sentence)
-        machine = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
-        content = dict(command="python " + " ".join(sys.argv), machine=machine, torch=torch.__version__,
+        content = dict(command="python " + " ".join(sys.argv), machines=self.machines,
                        flags={key: str(value) for key, value in self.flags.items()}, table=table,
                        sentences=sentences)
         write_file(self.report, lambda file: file.write(json.dumps(content, indent=1).encode()))
@@ -196,7 +200,7 @@ def is_done(run, folder):
     """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
     path, last = folder / run.name, [run.flags["max_steps"]]
     settings = folder / f"{run.name}.json"
-    if not settings.exists() or settings.read_text() != settings_of(run) or (
+    if not settings.exists() or not settings.read_text().startswith(settings_of(run) + "\n") or (
             run.keep and not (path / "checkpoint.pt").exists()):
         return False
     looked = run.look is None or [look["step"] for look in looks_of(run, folder)][-1:] == last
@@ -241,7 +245,9 @@ def train_run(run, folder):
                 torch.cuda.empty_cache()
     if not run.keep:
         (path / "checkpoint.pt").unlink()
-    write_file(settings, lambda file: file.write(settings_of(run).encode()))
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    content = f"{settings_of(run)}\n{machine}, PyTorch {torch.__version__}\n"
+    write_file(settings, lambda file: file.write(content.encode()))
     return None
 
 
@@ -259,7 +265,9 @@ def result(run, folder):
     steps, bits = logs["val_bits_per_byte"]
     speed = float(np.median(logs["tokens_per_s"][1] or [float("nan")]))
     seconds = [step * run.flags["batch_tokens"] / speed for step in steps]
-    return dict(name=run.name, bits=bits[-1], curve=dict(steps=steps, bits=bits, seconds=seconds),
+    _, machine, _ = (folder / f"{run.name}.json").read_text().split("\n")
+    return dict(name=run.name, machine=machine, bits=bits[-1],
+                curve=dict(steps=steps, bits=bits, seconds=seconds),
                 tokens_per_s=speed, g_0=logs["g_0"][1], g_i=logs["g_i"][1], rows_used=logs["rows_used"][1],
                 looks=looks_of(run, folder))
 

@@ -136,6 +136,21 @@ def test_runs_on_several_gpus(toy, tmp_path):
     assert a["bits"] != lab.result(runs[0], tmp_path / "one")["bits"]  # another seed
 
 
+def test_runs_of_several_machines_are_not_compared_by_their_speed(toy, tmp_path, capsys):
+    experiments.main(["parity", *toy])
+    report, = (tmp_path / "out").glob("parity-*.json")
+    width = Image.open(report.with_suffix(".png")).width
+    machines, = {tuple(json.loads(report.read_text())["machines"])}
+    assert machines == (f"CPU, PyTorch {torch.__version__}",)
+    path = next((tmp_path / "out/runs").glob("*lave*.json"))
+    path.write_text(path.read_text().split("\n")[0] + "\nAnother GPU, PyTorch 9\n")
+    capsys.readouterr()
+    experiments.main(["parity", *toy])
+    assert " 0 to do" in (output := capsys.readouterr().out) and "Another GPU" in output
+    assert len(json.loads(report.read_text())["machines"]) == 2
+    assert Image.open(report.with_suffix(".png")).width == width / 2  # against steps only
+
+
 def test_mean_spread_and_comparison():
     a, b, c = ([dict(bits=x) for x in xs] for xs in ((1.0, 1.2), (2.0, 2.2), (1.1,)))
     assert lab.spread(a) == "1.1000 ± 0.1414 (2)" and lab.spread(c) == "1.1000 (1)"
