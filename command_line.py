@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +187,8 @@ def resolve_kernels(args):
                 problem = "Triton's interpreter computes with --dtype float32 only"
         except ImportError as error:
             problem = f"move_fast.py cannot be imported ({error})"
+        if not problem and args.device == "cuda" and (missing := compiler_missing("cuda")):
+            problem = f"there is no {missing}"
         if problem and args.kernels:
             raise UserError(f"--kernels: {problem}; give --no-kernels")
         if problem:
@@ -195,11 +198,16 @@ def resolve_kernels(args):
 
 
 def compiler_missing(device):
-    """What torch.compile needs on this device and does not find, or None."""
-    if device == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton"
-    names = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    return None if any(name and shutil.which(name) for name in names) else "C++ compiler"
+    """What torch.compile, and on CUDA the kernels, need on this device and do not find, or None."""
+    variable, language, names = "CXX", "C++", ("g++", "clang++", "cl")
+    if device == "cuda":  # Triton builds a few lines of C at its first kernel
+        if not importlib.util.find_spec("triton"):
+            return "Triton"
+        variable, language, names = "CC", "C", ("gcc", "clang", "cl", "tcc")
+    if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
+        return f"{language} compiler, such as {names[0]}"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"{header}, of the development files of Python"
 
 
 # ------------------------------------------------------------------------------- machine and processes

@@ -404,7 +404,8 @@ def test_positions_are_kept_in_the_state_dict():
 @all_kinds
 def test_compiles_whole_and_once(attention, memory):
     torch._dynamo.reset()
-    generate_code = memory == "move"  # it takes long on a CPU: one memory and one layer will do
+    # It takes long on a CPU, so one memory and one layer will do; and it needs a compiler.
+    generate_code = memory == "move" and shutil.which("g++")
     model = awake(GPT(small_config(attention, memory, n_layers=1 if generate_code else 2)))
     backend = "inductor" if generate_code else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)  # fullgraph: raises at a graph break

@@ -1,5 +1,7 @@
 """What several test files share: data sets made as a user makes them, short commands, a local server."""
+import contextlib
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -13,8 +15,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from a sec
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+
+def release(package):
+    """(major, minor) of an installed package."""
+    return tuple(int(number) for number in importlib.metadata.version(package).split(".")[:2])
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported: the kernels run as Python
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if release("triton") < (3, 7) and release("numpy") >= (2, 5):
+            pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.5'", returncode=2)
 
 import prepare_data  # noqa: E402
 

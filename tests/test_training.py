@@ -165,6 +165,26 @@ def test_a_run_by_the_kernels_is_that_of_the_reference(data_dir, tmp_path):
         assert np.allclose(list(a.values()), list(b.values()), rtol=1e-3)
 
 
+@pytest.mark.parametrize("what", ["compiler", "header"])
+def test_a_machine_without_a_compiler_trains_without_it(what, data_dir, tmp_path, monkeypatch, capsys):
+    """A line says what is missing. Kernels that were asked for are an error then."""
+    assert command_line.compiler_missing("cpu") is None
+    with monkeypatch.context() as patch:
+        if what == "compiler":
+            patch.setattr(command_line.shutil, "which", lambda name: None)
+        else:
+            patch.setattr(command_line.sysconfig, "get_path", lambda name: str(tmp_path))
+        train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1, "--compile"))
+        assert "--no-compile" in capsys.readouterr().out
+        assert not checkpoint(tmp_path / "run")["flags"]["compile"]
+        args = argparse.Namespace(device="cuda", dtype="bfloat16", kernels=None)
+        command_line.resolve_kernels(args)
+        assert args.kernels is False and "--no-kernels" in capsys.readouterr().out
+        args.kernels = True
+        with pytest.raises(prepare_data.UserError):
+            command_line.resolve_kernels(args)
+
+
 # ------------------------------------------------------------------------------------ ends, and resuming
 
 
