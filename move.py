@@ -142,7 +142,7 @@ def rotary_embedding(positions, dim, base=10000.0):
         raise ValueError(f"rotary embeddings turn pairs: the width of a head (MHA) or rope_dim (MLA) must be "
                          f"a positive multiple of {2 * axes}, not {dim}")
     frequencies = base ** (-torch.arange(0, dim // axes, 2) / (dim // axes))
-    angles = (positions.unsqueeze(-1) * frequencies).view(T, 1, dim // 2)
+    angles = (positions.unsqueeze(-1) * frequencies).reshape(T, 1, dim // 2)
     return angles.cos(), angles.sin()
 
 
@@ -160,8 +160,8 @@ def causal_attention(q, k, v, mask=None, scale=None):
     q (B, T, H, ·), k and v (B, S, H, ·) → (B, T, H, ·). scale is by default (width of q)^-½.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    # Of a single query this is the transpose, too. The other one gets strides from the compiler that some
-    # kernels refuse ("query is not correctly aligned").
+    # For one query squeeze and unsqueeze are the transpose, too. Compiled, they keep strides that all kernels
+    # of attention accept; those of transpose(1, 2) some refuse ("query is not correctly aligned").
     q = q.squeeze(1).unsqueeze(2) if q.size(1) == 1 else q.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
     return y.transpose(1, 2)
@@ -184,7 +184,8 @@ class LayerCache:
 
     def append(self, *new):
         """Stores (B, T, ...) behind what is held → all that is there, (B, max_len, ...) each, and the mask
-        (T, max_len) of what the T tokens see."""
+        (T, max_len) of what the T tokens see. It leaves `position` where it is: all layers store their part
+        of the same tokens, then KVCache.advance moves it."""
         positions = self.position + torch.arange(new[0].size(1), device=self.position.device)
         for store, tensor in zip(self.stores, new, strict=True):
             store.index_copy_(1, positions, tensor.to(store.dtype))
@@ -226,6 +227,8 @@ class KVCache:
         """Holds nothing, for a new sequence."""
         self.position.zero_()
         self.length = 0
+        for layer in self.layers:  # nor what autograd knows of them
+            layer.stores = [store.detach() for store in layer.stores]
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -457,7 +460,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, nois
     if top_p is not None:
         descending, order = p.sort(descending=True)
         before = descending.cumsum(-1) - descending  # of the more probable ones
-        p = p.masked_fill((before >= top_p).scatter(1, order, before >= top_p), 0)
+        out = (before >= top_p) & (before > 0)
+        p = p.masked_fill(out.scatter(1, order, out), 0)
     if noise is None:
         noise = torch.empty_like(p).exponential_(generator=generator)
     return (p / noise.clamp(min=1e-30)).argmax(-1)
@@ -560,7 +564,7 @@ class GPT(nn.Module):
         are all but the last new one, exceed seq_len.
         """
         B, T = idx.shape
-        if T < 1 or T + max_new_tokens - 1 > self.config.seq_len:
+        if T < 1 or max_new_tokens < 0 or T + max_new_tokens - 1 > self.config.seq_len:
             raise ValueError(f"{T} tokens and {max_new_tokens} new ones do not fit: this model reads 1 to "
                              f"{self.config.seq_len} tokens (seq_len), and the last new one is not read")
         ids = self.config.vocab_size if n_ids is None else n_ids
@@ -575,7 +579,7 @@ class GPT(nn.Module):
             return sample(logits[:, :ids], temperature, top_k, top_p, noise=noise)
 
         step = self.decoding_step(pick, max_new_tokens)
-        for _ in range(max_new_tokens):
+        for _ in range(max_new_tokens):  # noise is an input of the step: a captured step has no generator
             noise = torch.empty(B, ids, device=idx.device, dtype=torch.float32)
             noise.exponential_(generator=generator)
             new = step(idx, cache, noise)
@@ -585,7 +589,7 @@ class GPT(nn.Module):
     def decoding_step(self, pick, steps):
         """step(idx (B, T), cache, noise) → the next ids (B,), by pick(logits (B, V), noise). It is to be
         taken `steps` times: move_fast.py has a faster one, which pays for many."""
-        return lambda idx, cache, noise: pick(self(idx, cache=cache)[:, -1], noise)
+        return lambda idx, cache, noise: pick(self.logits(self.hidden(idx, cache)[:, -1:])[:, -1], noise)
 
     def parameter_counts(self):
         """Number of parameters by purpose: embedding, matrices, head, router, memory, total."""

@@ -248,8 +248,8 @@ def carry_kernel(gradient, carry, group, start, ids, MW, TILE: tl.constexpr, BLO
 # --------------------------------------------------------------------------------------------- ops
 
 
-KEYS = itertools.count(1)  # of accelerated banks
-WATCHED = weakref.WeakKeyDictionary()  # an accelerated bank → what its model was made of: see accelerate
+KEYS = itertools.count(1)  # of accelerated banks and GPTs: the same in each process
+WATCHED = weakref.WeakKeyDictionary()  # each → what the models that hold it were made of: see accelerate
 
 
 @torch.library.custom_op("move::checked_ids", mutates_args=())
@@ -258,15 +258,16 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
     for an id out of range.
 
     An op, so that it also runs inside compiled graphs: there it is the one place that sees what was
-    changed since accelerate(), and refuses it. key: of the bank, or 0 for none.
+    changed since accelerate(), and refuses it. key: of the bank or GPT that asks, or 0 for none.
     """
     if idx.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"token ids must be int64 or int32, not {idx.dtype}")
     if key:
-        bank = next((bank for bank in WATCHED if bank.key == key), None)
-        if bank is None:
+        module = next((module for module in WATCHED if module.key == key), None)
+        if module is None:
             raise RuntimeError("this bank is a copy of an accelerated one; call accelerate() on its model")
-        refuse_other_parts(*WATCHED[bank])
+        for model, parts in WATCHED[module]:
+            refuse_other_parts(model, parts)
     in_range = ((idx >= 0) & (idx < vocab_size)).all()
     if idx.is_cuda:
         torch._assert_async(in_range, "a token id is out of range")
@@ -504,7 +505,7 @@ class Memory:
 class FastValueBank(move.ValueBank):
     """bank(idx) gives a Memory. Its gradient goes through autograd, or in place after zero_grad()."""
     gradient = None  # what weight.grad is then
-    key = -1  # accelerate() gives each bank a number: the same in each process, which compiled code can keep
+    key = -1  # of KEYS, after accelerate()
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -558,9 +559,15 @@ class FastMoVEAttention(move.MoVEAttention):
 
 class FastGPT(move.GPT):
     """The loss without float32 logits; many steps of generation as a CUDA graph."""
+    key = -1
+
+    def embed(self, idx):
+        if type(self.bank) is not FastValueBank:  # which checks the ids, and what was changed
+            idx = torch.ops.move.checked_ids(idx, self.config.vocab_size, self.key).view_as(idx)
+        return super().embed(idx)
 
     def decoding_step(self, pick, steps):
-        if steps < STEPS_FOR_GRAPH or not self.head.weight.is_cuda or not is_plain(self):
+        if steps < STEPS_FOR_GRAPH or not self.head.weight.is_cuda or plain_twin(self) is None:
             return super().decoding_step(pick, steps)
         return fast_step(self, pick, compiled=steps >= STEPS_TO_COMPILE)
 
@@ -611,6 +618,11 @@ def edited():
     return None
 
 
+def has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
+
+
 def change(module):
     """What of a module (of one of the types above) the kernels do not know, in words; or None."""
     kind = type(module).__name__.removeprefix("Fast")
@@ -623,13 +635,13 @@ def change(module):
     for name in ("forward", *(name for _, name in KNOWN)):
         if name in module.__dict__:
             return f"{name} of a {kind} was replaced"
-    if isinstance(module, move.ValueBank) and (module._forward_hooks or module._forward_pre_hooks):
+    if isinstance(module, move.ValueBank) and has_hooks(module):
         return "the bank has hooks"
     for name in next((names for owner, names in LINEARS.items() if isinstance(module, owner)), ()):
         linear = getattr(module, name)
         if type(linear) is not move.Linear or "forward" in linear.__dict__ or linear.bias is not None:
             return f"{name} of a {kind} is no plain move.Linear"
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+        if has_hooks(linear):
             return f"{name} of a {kind} has hooks"
     return None
 
@@ -644,8 +656,10 @@ def refuse_changes(module):
 
 def refuse_other_parts(model, parts):
     """model: a weak reference; parts: [(weak reference, type)] of its modules of the types above, as they
-    were at accelerate()."""
+    were at accelerate(). Of a model that is gone, those that are left."""
     model, was = model(), [(part(), kind) for part, kind in parts]
+    if model is None:
+        was = [(part, kind) for part, kind in was if part is not None]
     now = [m for m in model.modules() if isinstance(m, tuple(FAST))] if model else [part for part, _ in was]
     if len(now) != len(was) or any(a is not b or not isinstance(a, kind)
                                    for a, (b, kind) in zip(now, was, strict=True)):
@@ -727,10 +741,13 @@ def accelerate(model, log=print):
     for module in modules:
         if len(banks) < len(mixers) or type(module) not in (move.ValueBank, move.ValueMixer):
             module.__class__ = FAST[type(module)]
-    for bank in banks:
-        if bank not in WATCHED:  # a model may be accelerated again
-            bank.key = next(KEYS)
-        WATCHED[bank] = weakref.ref(model), [(weakref.ref(m), type(m)) for m in modules]
+    parts = [(weakref.ref(m), type(m)) for m in modules]
+    for module in modules:
+        if hasattr(module, "key"):
+            if module not in WATCHED:  # a model may be accelerated again
+                module.key = next(KEYS)
+            others = [entry for entry in WATCHED.get(module, []) if entry[0]() not in (None, model)]
+            WATCHED[module] = [*others, (weakref.ref(model), parts)]
     return True
 
 
@@ -878,17 +895,24 @@ def linear_cross_entropy(x, weight, targets):
 STEPS_FOR_GRAPH, STEPS_TO_COMPILE = 16, 10_000
 
 
-def is_plain(model):
-    """Whether a GPT is what its config makes: its modules are of the types of move.py, or of their fast
-    ones, without hooks and without changes."""
+def plain_twin(model):
+    """A GPT of this config without memory for its weights (on the meta device), if the model is what its
+    config makes: modules of the types of move.py, or of their fast ones, with the same tensors, without hooks
+    and without changes. Else None."""
     with torch.device("meta"):
-        expected = {name: type(part) for name, part in move.GPT(model.config).named_modules()}
-    parts = dict(model.named_modules(remove_duplicate=False))
-    found = {name: REFERENCE.get(type(part), type(part)) for name, part in parts.items()}
-    return found == expected and not any(
-        change(part) or part._forward_hooks or part._forward_pre_hooks
+        twin = move.GPT(model.config, model.dtype)
+    same = parts_of(twin) == parts_of(model) and not any(
+        change(part) or has_hooks(part)
         or any(callable(getattr(type(part), name, None)) for name in vars(part))  # a method of its own
-        for part in parts.values())
+        for part in model.modules())
+    return twin if same else None
+
+
+def parts_of(model):
+    """The types of its modules and the shapes of its tensors, by name."""
+    return ({name: REFERENCE.get(type(part), type(part))
+             for name, part in model.named_modules(remove_duplicate=False)},
+            {name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
 def fast_step(model, pick, compiled, **how):
@@ -896,16 +920,15 @@ def fast_step(model, pick, compiled, **how):
     graph. Several new tokens, those of a prompt, are read as usual; and on a CPU there is no graph.
 
     It computes with a plain GPT of the model's config and weights, cast to the dtype of the activations
-    once: the numbers are those of the model, as it is now. ValueError for a model with other parts. To be
-    called in inference mode, with noise.
+    once: it serves until a weight changes. ValueError for a model with other parts. To be called in inference
+    mode, with noise.
     compiled: whether the compiler is asked, which takes seconds. how: what torch.compile gets then, instead
     of the options that are best for this batch.
     """
-    if not is_plain(model):
+    twin = plain_twin(model)
+    if twin is None:
         raise ValueError("this GPT has parts that its config does not say; take model.decoding_step")
     dtype = model.dtype or model.embedding.weight.dtype
-    with torch.device("meta"):
-        twin = move.GPT(model.config, model.dtype)
     kept = {"cos", "sin", *(f"{name}.weight" for name, module in model.named_modules()
                             if isinstance(module, move.ValueBank))}  # only rows of a bank are read, and cast
     twin.load_state_dict({name: tensor if name in kept else tensor.to(dtype)
@@ -915,7 +938,7 @@ def fast_step(model, pick, compiled, **how):
 
     def next_ids(idx, cache, noise):
         if idx.size(1) > 1:
-            return pick(twin(idx, cache=cache)[:, -1], noise)
+            return pick(model.logits(model.hidden(idx, cache)[:, -1:])[:, -1], noise)  # with the kernels
         if cache.length >= model.config.seq_len:
             raise ValueError(f"this model reads {model.config.seq_len} tokens (seq_len), and no more")
         cache.positions(1)  # raises where the cache is full

@@ -357,7 +357,7 @@ def test_generation_under_autocast():
 
 def test_nucleus_sampling():
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
-    for top_p, kept in [(0.01, {1}), (0.39, {1}), (0.45, {1, 3}), (0.69, {1, 3}), (0.8, {1, 3, 4}),
+    for top_p, kept in [(0, {1}), (0.01, {1}), (0.39, {1}), (0.45, {1, 3}), (0.69, {1, 3}), (0.8, {1, 3, 4}),
                         (1.0, {0, 1, 2, 3, 4})]:
         assert set(move.sample(p.log().expand(2000, 5), top_p=top_p).tolist()) == kept
     # At temperature ½ the probabilities are squared, and add up otherwise.
@@ -401,6 +401,13 @@ def test_positions_are_kept_in_the_state_dict():
 # ---------------------------------------------------------------------------------------- the model
 
 
+def test_positions_of_any_layout():
+    grid = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij"))
+    rows = grid.flatten(1).T
+    for a, b in zip(rotary_embedding(rows, 8), rotary_embedding(rows.contiguous(), 8), strict=True):
+        assert torch.equal(a, b) and a.shape == (24, 1, 4)
+
+
 @all_kinds
 def test_compiles_whole_and_once(attention, memory):
     torch._dynamo.reset()
@@ -422,6 +429,24 @@ def test_compiles_whole_and_once(attention, memory):
         for gradient, p in zip(gradients, model.parameters(), strict=True):
             assert torch.allclose(gradient, p.grad, atol=1e-5)
         model.zero_grad()
+
+
+@all_kinds
+def test_a_prompt_has_logits_of_its_last_token_only(attention, memory):
+    model, seen = awake(GPT(small_config(attention, memory))), []
+    model.head.register_forward_pre_hook(lambda head, inputs: seen.append(tuple(inputs[0].shape)))
+    expected = model(random_ids(2, 9))[:, -1].argmax(-1)
+    assert torch.equal(next(model.generate(random_ids(2, 9), 3, temperature=0)), expected)
+    assert seen == [(2, 9, 16), (2, 1, 16)]
+
+
+def test_a_cache_that_is_reset_keeps_no_graph():
+    model = awake(GPT(small_config()))
+    cache = model.new_cache(1, 9)
+    first = model(random_ids(1, 9), cache=cache)
+    cache.reset()
+    assert not any(store.requires_grad for layer in cache.layers for store in layer.stores)
+    assert torch.equal(model(random_ids(1, 9), cache=cache), first)
 
 
 @pytest.mark.parametrize("depth, millions", [(12, 186), (20, 561), (32, 1879)])

@@ -12,6 +12,7 @@ The file reads top to bottom: data, model, evaluation, `train` (the one training
 what is special to text. Flags are in command_line.py, what a run leaves on disk in run_folder.py.
 """
 import codecs
+import collections
 import contextlib
 import functools
 import itertools
@@ -407,13 +408,13 @@ def compile_parts(model, **how):
     def block_code():
         return compiled(lambda block, *inputs: block(*inputs))
 
-    shared = block_code()
+    kinds = collections.defaultdict(block_code)  # of blocks: with a table of LaVE, and without
 
     def part(block):
         # The compiler takes blocks that differ by a hook for equal ones.
         hooks = any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
                     for m in block.modules())
-        run = block_code() if hooks else shared
+        run = block_code() if hooks else kinds[block.table is not None]
 
         def forward(x, idx, rotary, memory, cache):
             if hasattr(memory, "of_layer"):  # of the kernels

@@ -1,5 +1,6 @@
 """The kernels of move_fast.py against float64, on a GPU or, elsewhere, in Triton's interpreter."""
 import copy
+import gc
 import importlib.util
 import linecache
 import os
@@ -354,9 +355,9 @@ def test_a_compiled_step_has_the_weights_in_the_dtype_of_the_activations():
 
 def test_methods_of_latent_attention_that_were_replaced():
     model = random_model(small_config(**KINDS["mla"]))
-    assert move_fast.is_plain(model)
+    assert move_fast.plain_twin(model)
     model.blocks[0].attention.latent = lambda x, c_kv, memory: c_kv
-    assert not move_fast.is_plain(model)
+    assert not move_fast.plain_twin(model)
 
 
 def test_compiled_steps_of_many_models():
@@ -384,13 +385,16 @@ def test_compiled_steps_of_many_models():
     lambda model: setattr(model, "bank", type("Pairs", (ValueBank,), {})(50, 2, 16)),
     lambda model: setattr(model.blocks[0].attention, "queries_and_keys", lambda x, rotary: (x, x)),
     lambda model: setattr(model.blocks[1], "__class__", type("Mine", (type(model.blocks[1]),), {})),
-    lambda model: model.blocks.append(model.blocks[0])], ids=range(8))
+    lambda model: model.blocks.append(model.blocks[0]),
+    lambda model: model.register_buffer("ema", torch.zeros(3)),
+    lambda model: setattr(model, "head", move.Linear(16, 40)),
+    lambda model: model.head.register_full_backward_pre_hook(lambda *_: None)], ids=range(11))
 def test_a_changed_model_has_no_compiled_step(edit):
     """It would compute the old one."""
     model = random_model(small_config(n_heads=2, dim=16, n_slots=2))
-    assert move_fast.is_plain(model) and (accelerate(model), move_fast.is_plain(model))[1]
+    assert move_fast.plain_twin(model) and (accelerate(model), move_fast.plain_twin(model))[1]
     edit(model)
-    assert not move_fast.is_plain(model)
+    assert not move_fast.plain_twin(model)
     with pytest.raises(ValueError):
         move_fast.fast_step(model, None, True)
 
@@ -664,6 +668,67 @@ def test_a_change_after_accelerate_is_honoured_or_raises(change, compiled, monke
     if change not in (class_gates, another_mix):
         change(reference, monkeypatch)
     assert torch.allclose(model(idx, idx), reference(idx, idx), rtol=1e-6)
+
+
+HOOKS = {"forward": ("w_q", "register_forward_hook"), "backward": ("w_k", "register_full_backward_pre_hook"),
+         "head": ("head", "register_full_backward_hook"), "bank": ("bank", "register_full_backward_hook")}
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "in parts"])
+@pytest.mark.parametrize("kind, hook", [(kind, hook) for kind in ("mha", "lave", "none") for hook in HOOKS
+                                        if (kind, hook) not in (("lave", "bank"), ("none", "bank"))])
+def test_a_hook_is_honoured_or_raises(kind, hook, how):
+    """Whatever the memory is, and whether it is there before accelerate or comes later."""
+    def register(model):
+        name, method = HOOKS[hook]
+        module = getattr(model, name, None) or getattr(model.blocks[0].attention, name)
+        getattr(module, method)(lambda *_: None)
+
+    torch._dynamo.reset()
+    model, idx = random_model(small_config(**KINDS[kind])), random_ids(2, 20)
+    register(model)
+    assert not accelerate(model, log=lambda line: None)
+    model = random_model(small_config(**KINDS[kind]))
+    assert accelerate(model)
+    register(model)
+    forward = {"plain": lambda model: model, "compiled": partial(torch.compile, backend="eager"),
+               "in parts": partial(train_gpt.compile_parts, backend="eager")}[how](model)
+    with pytest.raises(RuntimeError):
+        forward(idx, idx)
+    torch._dynamo.reset()
+
+
+def test_two_models_that_share_a_bank():
+    a, b, idx = *(random_model(small_config()) for _ in range(2)), random_ids(2, 20)
+    b.bank = a.bank
+    expected = a(idx)
+    assert accelerate(a) and accelerate(b)
+    del b
+    gc.collect()
+    assert torch.allclose(a(idx), expected, atol=1e-4)
+    b = random_model(small_config())
+    b.bank = a.bank
+    assert accelerate(b)
+    a.blocks[0].attention.w_q.register_forward_hook(lambda *_: None)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError):
+        torch.compile(a, backend="eager")(idx)
+    torch._dynamo.reset()
+
+
+def test_blocks_are_compiled_for_several_shapes():
+    """Those with a table of LaVE and those without have code of their own."""
+    torch._dynamo.reset()
+    model = random_model(small_config(memory="lave", n_layers=4, n_slots=2))
+    assert accelerate(model)
+    compiled = train_gpt.compile_parts(model, backend="eager")
+    for shape in ((4, 16), (2, 16), (2, 8)):
+        idx = random_ids(*shape)
+        for _ in range(2):
+            compiled(idx, idx).backward()
+        with torch.no_grad():
+            assert torch.allclose(compiled(idx, idx), model(idx, idx))
+    torch._dynamo.reset()
 
 
 @all_changes
