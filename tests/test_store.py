@@ -1,4 +1,5 @@
 """A bank that lives elsewhere: losses, gradients and rows are those of a plain bank, whatever its home."""
+import copy
 import functools
 import itertools
 import json
@@ -238,6 +239,81 @@ def test_an_id_that_was_not_read_is_an_error(home):
     for call in (lambda: new(torch.tensor([[0]])), lambda: new.update(0.1)):
         with pytest.raises(RuntimeError):
             call()
+
+
+def one_bank(home, **about):
+    """A StoredBank of 100 ids, and step(ids), which trains these rows."""
+    torch.manual_seed(0)
+    bank = StoredBank(100, 1, 4, home=home, **about)
+    module = torch.nn.ModuleDict(dict(bank=bank))
+    optimizer = StoredAdamW(module, [dict(params=[bank.working_set.weight], lr=0.1, betas=(0.8, 0.95),
+                                          eps=1e-10, weight_decay=0)])
+
+    def step(ids):
+        bank.read(np.array(ids))
+        bank.working_set.weight.grad = torch.ones_like(bank.working_set.weight)
+        optimizer.step()
+
+    return bank, step, lambda: copy.deepcopy(move_store.content_to_save(module)["bank"])
+
+
+def rows_of(bank, ids):
+    bank.read(np.array(ids))
+    return bank.working_set.weight.data[:len(ids)].clone()
+
+
+@every_home
+def test_a_bank_that_was_used_can_be_loaded(home):
+    bank, step, content = one_bank(home)
+    step([1, 2, 3])
+    saved, expected = content(), rows_of(bank, [1, 2, 3])
+    step([1, 2, 3])
+    move_store.load_stored(bank, [(saved, 0, 1)], 1)
+    with pytest.raises(RuntimeError):
+        bank(torch.tensor([[1]]))  # nothing is borrowed
+    assert torch.equal(rows_of(bank, [1, 2, 3]), expected)
+    narrow, _, _ = one_bank(home, dtype=torch.bfloat16)
+    move_store.load_stored(narrow, [(saved, 0, 1)], 1)
+    assert torch.allclose(rows_of(narrow, [1, 2, 3]).float(), expected, rtol=0.02)
+
+
+@every_home
+def test_what_was_borrowed_before_a_step_is_not_read_after_it(home):
+    bank, step, _ = one_bank(home)
+    step([1, 2, 3])
+    for call in (lambda: bank(torch.tensor([[1]])), lambda: bank.update(0.1)):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_an_id_out_of_range_changes_nothing():
+    bank, _, _ = one_bank("host")
+    start = bank.rows.home[:, 0].clone()
+    with torch.no_grad():
+        bank.eval()(torch.tensor([[1, 2, 3]]))
+        for wrong in ([[-1, 2]], [[2, 100]]):
+            with pytest.raises(IndexError):
+                bank(torch.tensor(wrong))
+        for ids in ([4, 5, 6], [7, 8, 1], [99, 0, 3]):
+            assert torch.equal(bank(torch.tensor([ids]))[0], start[ids])
+
+
+def test_a_read_that_ends_early_leaves_no_other_rows(monkeypatch):
+    bank, step, content = one_bank("host")
+    step(range(5))
+    saved = content()["rows"]
+    with monkeypatch.context() as patch:  # no memory for more slots
+        patch.setattr(torch.Tensor, "new_empty", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            bank.read(np.arange(50))
+    assert torch.equal(content()["rows"], saved)
+    bank.read(np.arange(5))
+    with monkeypatch.context() as patch:  # Ctrl-C when the rows are there, and `place` is not
+        patch.setattr(torch.Tensor, "fill_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bank.read(np.arange(50, 55))
+    with pytest.raises(RuntimeError):
+        bank(torch.tensor([[0]]))
 
 
 def test_what_a_store_refuses():
@@ -487,12 +563,13 @@ def test_many_processes_are_as_one(n, vocab_size, memory, tmp_path):
 SHARE = """
 import os
 import sys
+from datetime import timedelta
 sys.path[:0] = [{here!r}]
 import numpy as np
 import torch
 import torch.distributed as dist
 from move_store import StoredBank
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 for home in ("gpu", "host"):
     bank = StoredBank(2, 1, 4, home=home)              # the third process owns no row
     assert len(bank.rows.home) == (1, 1, 0)[dist.get_rank()]
@@ -508,6 +585,9 @@ for home in ("gpu", "host"):
     places = [bank.place.clone() for _ in range(3)]
     dist.all_gather(places, bank.place)
     assert all(torch.equal(o[q], found[bank.place]) for o, q in zip(others, places))
+    if not dist.get_rank():  # one process alone evaluates what was borrowed
+        with torch.no_grad():
+            assert torch.equal(bank.eval()(torch.tensor([[1]]))[0], found[bank.place[1:]])
 print("shared")
 sys.stdout.flush()
 dist.barrier()
