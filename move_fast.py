@@ -805,10 +805,13 @@ def read_rows_kernel(out, near, slots, c, numbers, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def update_rows_kernel(near, slots, c, left, g, numbers, n, width, BLOCK: tl.constexpr):
+def update_rows_kernel(near, slots, c, left, g, sources, n_sources, numbers, n, width, BLOCK: tl.constexpr):
     i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, p, m, v = row_in_slot(near, slots, i, at, width)
-    d = tl.load(g + i * width + at, at < width).to(tl.float32)
+    d = tl.zeros([BLOCK], tl.float32)
+    for q in range(n_sources):
+        source = tl.load(sources + q * n + i)
+        d += tl.load(g + source * width + at, at < tl.where(source < 0, 0, width), 0).to(tl.float32)
     eps = tl.load(numbers + 4)
     p -= tl.load(c + i) * m / (tl.sqrt(v) + eps)
     m = tl.load(left + i) * m + tl.load(numbers) * d
@@ -828,13 +831,13 @@ def read_rows(out, near, slots, c, numbers):
                                                           BLOCK=1024)
 
 
-def update_rows(near, slots, c, left, g, numbers):
+def update_rows(near, slots, c, left, g, sources, numbers):
     """move_store.update_rows, in one pass."""
     if n := len(slots):
         width = near[0, 0].numel()
         with torch.cuda.device_of(near):
-            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, numbers,
-                                                            n, width, BLOCK=1024)
+            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, sources,
+                                                            len(sources), numbers, n, width, BLOCK=1024)
 
 
 # ----------------------------------------------------------------------------- the loss, generation

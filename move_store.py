@@ -73,19 +73,25 @@ def read_rows(out, near, slots, c, numbers):
         out[part] = current(near[slots[part]].to(numbers.dtype), c[part], numbers[-1])
 
 
-def update_rows(near, slots, c, left, g, numbers):
-    """A step of AdamW for them, in place, with the gradient g (n, M, d). left (2, n): how much of each moment
-    is, since they may have missed some steps."""
+def update_rows(near, slots, c, left, g, sources, numbers):
+    """A step of AdamW for the rows in n slots of near, in place. left (2, n): what is left of each moment,
+    since they may have missed some steps. The gradient of a row is the sum of rows of g (·, M, d), those with
+    its indices in sources (N, n), in this order, without those that are -1."""
     if kernels := kernels_for(near):
-        return kernels.update_rows(near, slots, c, left, g, numbers)
+        return kernels.update_rows(near, slots, c, left, g, sources, numbers)
     gain_m, gain_v, rate, correction, eps = numbers.unbind()
-    rows, g = near[slots].to(numbers.dtype), g.to(numbers.dtype)
-    p, (_, m, v) = current(rows, c, eps), rows.unbind(1)
-    left_m, left_v = left.to(p.dtype).view(2, -1, 1, 1)
-    m = left_m * m + gain_m * g
-    v = left_v * v + gain_v * g * g
-    p = p - rate * m / ((v / correction).sqrt() + eps)
-    near[slots] = torch.stack((p, m, v), dim=1).to(near.dtype)
+    for part in chunks(len(slots), g.shape[1:]):
+        rows = near[slots[part]].to(numbers.dtype)
+        p, (_, m, v) = current(rows, c[part], eps), rows.unbind(1)
+        total = torch.zeros_like(p)
+        for source in sources[:, part]:
+            there = (source >= 0).view(-1, 1, 1)
+            total += torch.where(there, g[source.clamp(min=0)].to(total.dtype), 0)
+        left_m, left_v = left[:, part].to(p.dtype).view(2, -1, 1, 1)
+        m = left_m * m + gain_m * total
+        v = left_v * v + gain_v * total * total
+        p = p - rate * m / ((v / correction).sqrt() + eps)
+        near[slots[part]] = torch.stack((p, m, v), dim=1).to(near.dtype)
 
 
 def copy_rows(to, to_rows, source, source_rows):
@@ -276,8 +282,9 @@ class Share(NamedTuple):
     order: np.ndarray  # (n,) their indices, sorted by the process that owns them
     given: np.ndarray  # (N,) how many this process gets of each
     asked: np.ndarray  # (N,) how many each gets of this one
-    rows: np.ndarray  # the different ones of this process's rows that are asked for
+    rows: np.ndarray  # (m,) the different ones of this process's rows that are asked for
     at: np.ndarray  # which of these, for each row that is asked for, process by process
+    sources: np.ndarray  # (N, m) the other way: where each process asks for each of these, or -1
 
 
 class StoredBank(nn.Module):
@@ -369,7 +376,10 @@ class StoredBank(nn.Module):
         given, one = np.bincount(owner, minlength=self.n), np.ones(self.n, dtype=np.int64)
         asked = exchange(torch.from_numpy(given), one, one).numpy()
         rows = exchange(torch.from_numpy(ids[order] // self.n), given, asked).numpy()
-        return Share(ids, order, given, asked, *np.unique(rows, return_inverse=True))
+        rows, at = np.unique(rows, return_inverse=True)
+        sources = np.full((self.n, len(rows)), -1)
+        sources[np.repeat(np.arange(self.n), asked), at] = np.arange(len(at))
+        return Share(ids, order, given, asked, rows, at, sources)
 
     def room(self, n):
         """The first n rows of the working set, which grows if it is too small."""
@@ -388,26 +398,14 @@ class StoredBank(nn.Module):
         if self.now is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the step")
         (share, held, slots), weight, steps = self.now, self.working_set.weight, self.steps
-        n, last, numbers = len(share.ids), self.rows.last[held], steps.numbers(lr)
+        n, last = len(share.ids), self.rows.last[held]
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
-        gradients = exchange(g, share.given, share.asked).split(share.asked.tolist())  # of each process
-        places = np.split(share.at, share.asked.cumsum()[:-1])  # of theirs among the rows held, ascending
-        for part in chunks(len(held), g.shape[1:]):
-            total = g[part] if self.n == 1 else sum_of_part(gradients, places, part, steps.dtype)
-            left = torch.stack([beta ** (steps.t + 1 - last[part]).double() for beta in steps.betas])
-            update_rows(self.rows.near, slots[part], steps.c[last[part]], left, total, numbers)
+        left = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
+        update_rows(self.rows.near, slots, steps.c[last], left, exchange(g, share.given, share.asked),
+                    to_device(share.sources, held.device), steps.numbers(lr))
         steps.count(lr)
         self.rows.last.index_fill_(0, held, steps.t)  # [held] = t would wait for the GPU
         self.now = None
-
-
-def sum_of_part(gradients, places, part, dtype):
-    """The gradient of a part of the rows held: in the order of the processes, so always the same."""
-    total = gradients[0].new_zeros(part.stop - part.start, *gradients[0].shape[1:], dtype=dtype)
-    for g, place in zip(gradients, places, strict=True):
-        first, end = np.searchsorted(place, (part.start, part.stop))
-        total[to_device(place[first:end] - part.start, g.device)] += g[first:end].to(dtype)
-    return total
 
 
 def exchange(sent, sent_counts, received_counts, received=None):
