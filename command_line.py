@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import move_store
 from optimizers import fast_bfloat16
 from prepare_data import ArgumentParser, UserError
 from run_folder import first_line, newest_run, read_checkpoint
@@ -195,6 +196,7 @@ def resolve_kernels(args):
             print(f"--no-kernels: {problem}; the memory needs more time and memory without them", flush=True)
         args.kernels = not problem
     args.kernels = bool(args.kernels)
+    move_store.KERNELS = args.kernels or args.device != "cuda"
 
 
 def compiler_missing(device):
@@ -207,7 +209,7 @@ def compiler_missing(device):
     if not any(name and shutil.which(name) for name in (os.environ.get(variable), *names)):
         return f"{language} compiler, such as {names[0]}"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"{header}, of the development files of Python"
+    return None if header.exists() else f"{header} (of Python's headers, package python3-dev)"
 
 
 # ------------------------------------------------------------------------------- machine and processes

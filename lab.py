@@ -72,7 +72,7 @@ class Lab:
         for key, most in dict(depth=1000, seeds=1000, steps=10**9).items():
             if not 1 <= sizes[key] <= most:
                 raise UserError(f"--{key} must be from 1 to {most}, not {sizes[key]}")
-        self.name, self.args = name, args
+        self.name, self.args, self.machines = name, args, []  # machines: of the runs
         self.depth, self.seeds, self.steps = sizes["depth"], sizes["seeds"], sizes["steps"]
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = args.dataset or DEFAULTS["cuda" if self.device == "cuda" else "cpu"]["dataset"]

@@ -265,7 +265,7 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
     if key:
         module = next((module for module in WATCHED if module.key == key), None)
         if module is None:
-            raise RuntimeError("this bank is a copy of an accelerated one; call accelerate() on its model")
+            raise RuntimeError("this model is a copy of an accelerated one: call accelerate() on it")
         for model, parts in WATCHED[module]:
             refuse_other_parts(model, parts)
     in_range = ((idx >= 0) & (idx < vocab_size)).all()
@@ -273,7 +273,7 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
         torch._assert_async(in_range, "a token id is out of range")
     elif not in_range:
         raise IndexError(f"token ids must be from 0 to {vocab_size - 1}")
-    return idx.flatten().to(torch.int32)
+    return idx.flatten().to(torch.int32, copy=True)  # an op may not return its input
 
 
 @checked_ids.register_fake
@@ -559,7 +559,16 @@ class FastMoVEAttention(move.MoVEAttention):
 
 class FastGPT(move.GPT):
     """The loss without float32 logits; many steps of generation as a CUDA graph."""
-    key = -1
+    key = -1  # of KEYS, after accelerate()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.key = -1  # a copy is another model
+
+    def with_blocks(self, blocks):
+        twin = super().with_blocks(blocks)
+        twin.key = self.key
+        return twin
 
     def embed(self, idx):
         if type(self.bank) is not FastValueBank:  # which checks the ids, and what was changed
@@ -741,12 +750,12 @@ def accelerate(model, log=print):
     for module in modules:
         if len(banks) < len(mixers) or type(module) not in (move.ValueBank, move.ValueMixer):
             module.__class__ = FAST[type(module)]
-    parts = [(weakref.ref(m), type(m)) for m in modules]
+    parts, inside = [(weakref.ref(m), type(m)) for m in modules], {None, *model.modules()}
     for module in modules:
         if hasattr(module, "key"):
-            if module not in WATCHED:  # a model may be accelerated again
+            if module not in WATCHED:  # a model may be accelerated again, also as a part of another
                 module.key = next(KEYS)
-            others = [entry for entry in WATCHED.get(module, []) if entry[0]() not in (None, model)]
+            others = [entry for entry in WATCHED.get(module, []) if entry[0]() not in inside]
             WATCHED[module] = [*others, (weakref.ref(model), parts)]
     return True
 
@@ -899,9 +908,9 @@ STEPS_FOR_GRAPH, STEPS_TO_COMPILE = 16, 10_000
 
 
 def plain_twin(model):
-    """A GPT of this config without memory for its weights (on the meta device), if the model is what its
-    config makes: modules of the types of move.py, or of their fast ones, with the same tensors, without hooks
-    and without changes. Else None."""
+    """A GPT of this config on the meta device, where it takes no room, if the model is what its config makes:
+    modules of the types of move.py, or of their fast ones, with the same tensors, without hooks and without
+    changes. Else None."""
     with torch.device("meta"):
         twin = move.GPT(model.config, model.dtype)
     same = parts_of(twin) == parts_of(model) and not any(
@@ -915,7 +924,7 @@ def parts_of(model):
     """The types of its modules and the shapes of its tensors, by name."""
     return ({name: REFERENCE.get(type(part), type(part))
              for name, part in model.named_modules(remove_duplicate=False)},
-            {name: tensor.shape for name, tensor in model.state_dict().items()})
+            {name: getattr(tensor, "shape", None) for name, tensor in model.state_dict().items()})
 
 
 def fast_step(model, pick, compiled, **how):
@@ -923,8 +932,8 @@ def fast_step(model, pick, compiled, **how):
     graph. Several new tokens, those of a prompt, are read as usual; and on a CPU there is no graph.
 
     It computes with a plain GPT of the model's config and weights, cast to the dtype of the activations
-    once: it serves until a weight changes. ValueError for a model with other parts. To be called in inference
-    mode, with noise.
+    once: if a weight changes, make a new step. ValueError for a model with other parts. To be called in
+    inference mode, with noise.
     compiled: whether the compiler is asked, which takes seconds. how: what torch.compile gets then, instead
     of the options that are best for this batch.
     """

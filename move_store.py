@@ -37,6 +37,7 @@ from torch import nn
 from move import ValueBank
 
 CHUNK = 1 << 26  # numbers that are updated at a time
+KERNELS = True  # whether move_fast.py may be used; the flag --kernels sets it
 
 
 def processes():
@@ -103,7 +104,7 @@ def copy_rows(to, to_rows, source, source_rows):
 
 def kernels_for(tensor):
     """move_fast.py, if a tensor is on a GPU and of a dtype that its kernels know; None without Triton."""
-    if tensor.is_cuda and tensor.dtype != torch.float64:
+    if KERNELS and tensor.is_cuda and tensor.dtype != torch.float64:
         with contextlib.suppress(ImportError):
             import move_fast
             return move_fast
@@ -219,8 +220,8 @@ class HostRows(DeviceRows):
         new, full = new[:len(to)], to[self.row_in[to] >= 0]
         old = self.row_in[full]
         self.copy(self.home, old, self.near, full)
+        self.slot_of[old] = self.row_in[full] = -1  # before others come: a signal may end this at any line
         self.copy(self.near, to, self.home, new)
-        self.slot_of[old] = -1
         self.slot_of[new], self.row_in[to], self.used[to] = to, new, use
         self.moved += len(old) + len(new)
 
@@ -239,6 +240,8 @@ class HostRows(DeviceRows):
         return self.host
 
     def put(self, rows, values, last):
+        if self.stream:
+            self.stream.synchronize()  # it may still write some back
         super().put(rows, values, last)
         self.make_slots(0)  # or the copies there would win
 
@@ -284,7 +287,7 @@ class Share(NamedTuple):
     asked: np.ndarray  # (N,) how many each gets of this one
     rows: np.ndarray  # (m,) the different ones of this process's rows that are asked for
     at: np.ndarray  # which of these, for each row that is asked for, process by process
-    sources: np.ndarray  # (N, m) the other way: where each process asks for each of these, or -1
+    sources: np.ndarray  # (N, m) the other way: where process q asks for row i; -1 if it does not
 
 
 class StoredBank(nn.Module):
@@ -341,7 +344,10 @@ class StoredBank(nn.Module):
     @torch.no_grad()
     def read(self, ids):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
-        as they are after the last update, without a gradient."""
+        as they are after the last update, without a gradient. RuntimeError if one waits for its update."""
+        if self.now is not None and self.working_set.weight.grad is not None:
+            raise RuntimeError("a gradient of the rows that are borrowed waits: call the optimizer's step or "
+                               "model.zero_grad() before other rows are read")
         self.now = self.working_set.weight.grad = None  # of other ids
         share, device = self.coming, self.place.device
         same = torch.tensor(int(share is not None and np.array_equal(ids, share.ids)))

@@ -95,6 +95,10 @@ def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
                       str(tmp_path / "out")])
     assert "&lt;" in (tmp_path / "out" / "gates.html").read_text()
     fails(experiments, ["gates", *toy, "--run", tmp_path, "--text", "x"], "checkpoint.pt")
+    monkeypatch.setattr(experiments, "read_senses", lambda path: [
+        ("the", sense, f"{'one two three four ' * 3}{end} the") for sense in "ab" for end in ("x", "y")])
+    experiments.main(["gates", *toy, "--run", str(run.parent)])
+    assert list((tmp_path / "out").glob("gates-*.png"))
 
 
 def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):

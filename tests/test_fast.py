@@ -388,7 +388,9 @@ def test_compiled_steps_of_many_models():
     lambda model: model.blocks.append(model.blocks[0]),
     lambda model: model.register_buffer("ema", torch.zeros(3)),
     lambda model: setattr(model, "head", move.Linear(16, 40)),
-    lambda model: model.head.register_full_backward_pre_hook(lambda *_: None)], ids=range(11))
+    lambda model: model.head.register_full_backward_pre_hook(lambda *_: None),
+    lambda model: setattr(model.blocks[0], "__class__", type("Mine", (type(model.blocks[0]),), dict(
+        get_extra_state=lambda self: {})))], ids=range(12))
 def test_a_changed_model_has_no_compiled_step(edit):
     """It would compute the old one."""
     model = random_model(small_config(n_heads=2, dim=16, n_slots=2))
@@ -714,6 +716,34 @@ def test_two_models_that_share_a_bank():
     with pytest.raises(RuntimeError):
         torch.compile(a, backend="eager")(idx)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["mha", "lave", "none"])
+def test_a_copy_of_an_accelerated_model_is_to_be_accelerated(kind):
+    """What is changed in the one does not count in the other."""
+    model, idx = random_model(small_config(**KINDS[kind])), random_ids(2, 20)
+    assert accelerate(model)
+    expected = model(idx, idx)
+    twin = copy.deepcopy(model)
+    with pytest.raises(RuntimeError):
+        twin(idx, idx)
+    assert accelerate(twin)
+    twin.blocks[0].attention.w_q.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError):
+        twin(idx, idx)
+    assert torch.equal(model(idx, idx), expected)
+    del twin
+    gc.collect()
+    assert torch.equal(model(idx.int(), idx), expected)  # ids of the other type
+
+
+def test_a_part_is_accelerated_and_then_the_whole():
+    model, idx = random_model(small_config()), random_ids(2, 20)
+    whole = nn.ModuleDict(dict(model=model, other=ValueBank(9, 2, 16).to(DEVICE)))
+    expected = model(idx)
+    for part in (model, whole, model):
+        assert accelerate(part)
+        assert torch.allclose(model(idx), expected, atol=1e-4)
 
 
 def test_blocks_are_compiled_for_several_shapes():

@@ -316,6 +316,43 @@ def test_a_read_that_ends_early_leaves_no_other_rows(monkeypatch):
         bank(torch.tensor([[0]]))
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_copy_that_is_interrupted_leaves_no_other_rows(calls, monkeypatch):
+    """A signal that comes while rows go is handled when they are gone."""
+    bank, _, _ = one_bank("host")
+    start, copy_rows, done = bank.rows.home[:, 0].clone(), move_store.copy_rows, []
+    bank.read(np.arange(6))
+    bank.read(np.arange(6, 12))
+
+    def copy_and_stop(*about):
+        copy_rows(*about)
+        done.append(1)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(move_store, "copy_rows", copy_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            bank.read(np.arange(20, 26))
+    for ids in (range(6), range(6, 12), range(20, 26)):
+        assert torch.equal(rows_of(bank, ids), start[list(ids)])
+    assert torch.equal(bank.rows.flush()[:, 0], start)
+
+
+@every_home
+def test_a_gradient_that_waits_is_not_lost(home):
+    """By sampling before the optimizer's step, for example."""
+    model, optimizer = build(home)
+    idx, targets = batch(0)
+    borrow(model, [idx])
+    model(idx, targets).backward()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.eval()(idx[:1, :3])
+    optimizer.step()
+    with torch.no_grad():
+        model(idx[:1, :3])
+
+
 def test_what_a_store_refuses():
     model, _ = build("host")
     with pytest.raises(ValueError):

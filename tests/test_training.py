@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from conftest import HERE, command, fails, log_of
 
 import command_line
 import move
+import move_store
 import optimizers
 import prepare_data
 import run_folder
@@ -180,9 +182,13 @@ def test_a_machine_without_a_compiler_trains_without_it(what, data_dir, tmp_path
         args = argparse.Namespace(device="cuda", dtype="bfloat16", kernels=None)
         command_line.resolve_kernels(args)
         assert args.kernels is False and "--no-kernels" in capsys.readouterr().out
+        rows = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+        assert move_store.kernels_for(rows) is None
         args.kernels = True
         with pytest.raises(prepare_data.UserError):
             command_line.resolve_kernels(args)
+    command_line.resolve_kernels(argparse.Namespace(device="cpu", dtype="float32", kernels=None))
+    assert move_store.KERNELS
 
 
 # ------------------------------------------------------------------------------------ ends, and resuming
