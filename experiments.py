@@ -85,10 +85,10 @@ def parity(lab):
     sentences = [compare("LaVE-×1", done["LaVE-×1"], "none", done["none"]),
                  compare("MoVE-×1", done["MoVE-×1"], "none", done["none"]),
                  compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])]
+    axes = ["steps", "seconds"] if len(lab.machines) == 1 else ["steps"]
     lab.write(table, sentences, [
         dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
-             ylabel="validation, bits per byte")
-        for against in ["steps", "seconds"][:1 + (len(lab.machines) == 1)]])
+             ylabel="validation, bits per byte") for against in axes])
 
 
 def scaling(lab):

@@ -34,6 +34,7 @@ takes both their gradients. Sums are float32; products are in the dtype of vz, w
 bfloat16 or float16; the bank's is any of these.
 """
 import ast
+import contextlib
 import copy
 import functools
 import hashlib
@@ -576,9 +577,10 @@ class FastGPT(move.GPT):
         return super().embed(idx)
 
     def decoding_step(self, pick, steps):
-        if steps < STEPS_FOR_GRAPH or not self.head.weight.is_cuda or plain_twin(self) is None:
-            return super().decoding_step(pick, steps)
-        return fast_step(self, pick, compiled=steps >= STEPS_TO_COMPILE)
+        if steps >= STEPS_FOR_GRAPH and self.head.weight.is_cuda:
+            with contextlib.suppress(ValueError):  # of a model with other parts
+                return fast_step(self, pick, compiled=steps >= STEPS_TO_COMPILE)
+        return super().decoding_step(pick, steps)
 
     def loss(self, x, targets):
         refuse_changes(self)

@@ -404,8 +404,12 @@ def test_a_changed_model_has_no_compiled_step(edit):
 def test_many_steps_of_generation_are_a_graph_and_very_many_are_compiled(monkeypatch):
     model, asked = random_model(small_config()), []
     accelerate(model)
-    monkeypatch.setattr(move_fast, "fast_step", lambda model, pick, compiled: asked.append(compiled))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    other = random_model(small_config())
+    other.__class__ = move_fast.FastGPT
+    other.register_buffer("ema", torch.zeros(3))
+    assert other.decoding_step(None, move_fast.STEPS_FOR_GRAPH).__module__ == "move"  # as usual
+    monkeypatch.setattr(move_fast, "fast_step", lambda model, pick, compiled: asked.append(compiled))
     for steps in (move_fast.STEPS_FOR_GRAPH - 1, move_fast.STEPS_FOR_GRAPH, move_fast.STEPS_TO_COMPILE):
         model.decoding_step(None, steps)
     assert asked == [False, True]
