@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from move import Linear, memory_parameter_groups
-from move_store import StoredAdamW, stored_banks
+from move_store import StoredAdamW, kernels_for, stored_banks
 
 
 def fast_bfloat16(device):
@@ -85,6 +85,34 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates), alpha=-lr)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, fused. What is bfloat16 on CUDA, as banks are, takes its step in move_fast.adamw."""
+
+    def __init__(self, groups, **options):
+        super().__init__(groups, fused=True, **options)
+
+    @torch.no_grad()
+    def step(self):
+        banks = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if has_kernel(p)]
+        for _, p, _ in banks:
+            p.grad = None  # torch leaves them alone
+        super().step()
+        for group, p, p.grad in banks:
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                             exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            kernels_for(p).adamw(p, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"],
+                                 group["betas"], group["eps"], group["weight_decay"])
+
+
+def has_kernel(p):
+    """Whether move_fast.adamw can take the step of a parameter; of a sharded one, no plain tensor, not."""
+    return (p.grad is not None and p.dtype == torch.bfloat16 and type(p.data) is torch.Tensor
+            and p.is_contiguous() and p.grad.is_contiguous() and kernels_for(p) is not None)
+
+
 def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT, and StoredAdamW if its banks are stored elsewhere (move_store.py); each of its
     parameters is in one group of one of them.
@@ -110,7 +138,7 @@ def make_optimizers(model, lr_scale=1.0):
               dict(params=[model.head.weight, *rest], lr=0.004 * k)]
     optimizers = [
         Muon(matrices, lr=0.02 * lr_scale),
-        torch.optim.AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)]
+        AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0)]
     if stored:
         optimizers.append(StoredAdamW(model, stored))
     for optimizer in optimizers:

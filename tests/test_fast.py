@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import move
 import move_store
+import optimizers
 import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 
@@ -858,6 +859,55 @@ def test_rows_of_a_store_are_read_and_updated(dtype, width):
     assert torch.allclose(out.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     move_fast.update_rows(near, slots, c, left, g, sources, numbers)
     assert torch.allclose(near.cpu().double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_of_a_bank(dtype):
+    """Each step beside one of torch's in float64, from the same numbers."""
+    p = nn.Parameter(torch.randn(7, 3, 401, device=DEVICE).to(dtype))
+    m, v, step = torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=DEVICE)
+    options = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    for lr in (0.1, 0.3, 0.05):
+        p.grad = torch.randn_like(p) * (torch.rand(7, 1, 1, device=DEVICE) < 0.5)  # rows without a gradient
+        exact = nn.Parameter(p.detach().cpu().double())
+        exact.grad, adamw = p.grad.cpu().double(), torch.optim.AdamW([exact], lr=lr, **options)
+        moments = [t.cpu().double() for t in (m, v)]
+        adamw.state[exact] = dict(step=step.cpu().clone(), exp_avg=moments[0], exp_avg_sq=moments[1])
+        adamw.step()
+        step += 1
+        move_fast.adamw(p, m, v, step, lr, **options)
+        for got, expected in zip((p, m, v), (exact, *moments), strict=True):
+            assert torch.allclose(got.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_adamw_takes_its_kernel_for_banks(monkeypatch):
+    """For them alone, and with torch's states, so that a run goes on with either."""
+    taken, kernel = [], move_fast.adamw
+    monkeypatch.setattr(move_fast, "adamw", lambda p, *rest: taken.append(p) or kernel(p, *rest))
+    monkeypatch.setattr(optimizers, "kernels_for", lambda p: move_fast)
+    start = [torch.randn(5, 2, 16, device=DEVICE).bfloat16(), torch.randn(8, 8, device=DEVICE)]
+    ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    unused = nn.Parameter(start[0].clone())
+    options, atol = dict(lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0), 0.02
+    if move_fast.INTERPRETED:  # Triton's interpreter cuts bfloat16 off where a GPU rounds
+        atol = 0.05
+    a = optimizers.AdamW([*ours, unused], **options)
+    b = torch.optim.AdamW([*theirs, unused], **options, fused=True)
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+        assert all(torch.allclose(p, q, rtol=0.02, atol=atol) for p, q in zip(ours, theirs, strict=True))
+        state, other = a.state_dict()["state"], b.state_dict()["state"]
+        assert state.keys() == other.keys()
+        for i, entries in state.items():
+            assert {k: (t.dtype, t.shape) for k, t in entries.items()} == {
+                k: (t.dtype, t.shape) for k, t in other[i].items()}
+        if step == 1:
+            a.load_state_dict(copy.deepcopy(b.state_dict()))  # which would be shared
+            torch._foreach_copy_([p.data for p in ours], [q.data for q in theirs])
+    assert len(taken) == 4 and all(p is ours[0] for p in taken) and torch.equal(unused, start[0])
 
 
 def test_numbers_that_differ_leave_the_reference(monkeypatch):
