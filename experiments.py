@@ -188,7 +188,8 @@ def gates(lab):
     table = lab.table(["tokens of context", "layer", "distance between senses", "within a sense",
                        "difference ± error over words"], rows)
     lab.write(table, [f"With {n} tokens of context gates differ more between senses of a word than within "
-                      f"one, by over two standard errors, in these layers: {', '.join(clear) or 'none'}."])
+                      "one, by over two standard errors in each model, in these layers: "
+                      f"{', '.join(clear) or 'none'}."])
     draw_senses(first, lab.report.with_suffix(".png"))
 
 
