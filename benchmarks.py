@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
+import move_store
 from command_line import ends_together, set_up_machine
 from lab import draw
 from move import GPT, GPTConfig, ValueBank, sample
@@ -105,7 +106,7 @@ class Variant:
     """One model that is measured: see config_of; with -reference it has no kernels."""
 
     def __init__(self, name, args, vocab_size):
-        config, reference = config_of(name, args, vocab_size, "-reference")
+        config, self.reference = config_of(name, args, vocab_size, "-reference")
         from move_fast import accelerate, zero_grad  # needs Triton
         torch.manual_seed(0)
         self.name, self.before = name, torch.cuda.memory_allocated()  # bytes of the variants before this one
@@ -113,9 +114,9 @@ class Variant:
         for bank in self.banks():
             bank.to(getattr(torch, args.bank_dtype))
         self.model.to("cuda")
-        if not reference:
+        if not self.reference:
             accelerate(self.model)
-        self.zero_grad = nn.Module.zero_grad if reference else zero_grad
+        self.zero_grad = nn.Module.zero_grad if self.reference else zero_grad
         self.optimizers = make_optimizers(self.model)
         self.compiled = compile_parts(self.model)
         self.zero_grad(self.model)
@@ -134,6 +135,7 @@ class Variant:
             loss = self.compiled(idx, targets)
             loss.backward()
         middle.record()
+        move_store.KERNELS = not self.reference  # of AdamW
         for optimizer in self.optimizers:
             optimizer.step()
         self.zero_grad(self.model)

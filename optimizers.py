@@ -88,16 +88,20 @@ class Muon(torch.optim.Optimizer):
 class AdamW(torch.optim.AdamW):
     """torch's, fused. What is bfloat16 on CUDA, as banks are, takes its step in move_fast.adamw."""
 
-    def __init__(self, groups, **options):
-        super().__init__(groups, fused=True, **options)
+    def __init__(self, groups, betas, eps, weight_decay=0.0):
+        super().__init__(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self):
         banks = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if has_kernel(p)]
-        for _, p, _ in banks:
-            p.grad = None  # torch leaves them alone
-        super().step()
-        for group, p, p.grad in banks:
+        try:
+            for _, p, _ in banks:
+                p.grad = None  # torch leaves them alone
+            super().step()
+        finally:
+            for _, p, gradient in banks:
+                p.grad = gradient
+        for group, p, _ in banks:
             state = self.state[p]
             if not state:
                 state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
@@ -108,7 +112,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def has_kernel(p):
-    """Whether move_fast.adamw can take the step of a parameter; of a sharded one, no plain tensor, not."""
+    """Whether move_fast.adamw can take the step of a parameter. False for sharded ones (DTensor)."""
     return (p.grad is not None and p.dtype == torch.bfloat16 and type(p.data) is torch.Tensor
             and p.is_contiguous() and p.grad.is_contiguous() and kernels_for(p) is not None)
 
@@ -138,7 +142,7 @@ def make_optimizers(model, lr_scale=1.0):
               dict(params=[model.head.weight, *rest], lr=0.004 * k)]
     optimizers = [
         Muon(matrices, lr=0.02 * lr_scale),
-        AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10, weight_decay=0)]
+        AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10)]
     if stored:
         optimizers.append(StoredAdamW(model, stored))
     for optimizer in optimizers:
