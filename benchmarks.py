@@ -355,6 +355,9 @@ def store(args):
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.tokens % args.seq_len:
         raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")
+    for scale in args.scales:
+        if not 0 < scale * args.depth / 2 <= 10**4:
+            raise UserError(f"--scales: {scale:g} makes no memory; give numbers above 0, such as 1 4 8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = set_up_machine(argparse.Namespace(device=device, seed=0))
     with ends_together():

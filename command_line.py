@@ -20,7 +20,7 @@ import torch.distributed as dist
 import move_store
 from optimizers import fast_bfloat16
 from prepare_data import ArgumentParser, UserError
-from run_folder import first_line, newest_run, read_checkpoint
+from run_folder import first_line, newest_run, other_version, read_checkpoint
 
 EVERYWHERE = dict(data_dir="data", move_scale=1.0, memory="move", gate_value=None, attention="mha",
                   kv_rank=None, lr_scale=1.0, seed=0, dtype=None, kernels=None, bank_home="gpu", log_every=10,
@@ -123,9 +123,12 @@ def find_run(given, kind, sampling, parser):
                             "or give another --out_dir")
     free = FREE_FLAGS | ({"seed", "dtype"} if sampling else set())
     for flag, value in given.items():
-        if flag not in free and saved["flags"].get(flag) != value:
-            raise UserError(f"--{flag} {value} does not fit the run in {folder}, which has "
-                            f"{saved['flags'].get(flag)}; leave it out, or give another --out_dir")
+        of_run = saved["flags"].get(flag)
+        if of_run is None:  # what was left to its default
+            of_run = saved["config"].get(flag)
+        if flag not in free and of_run != value:
+            raise UserError(f"--{flag} {value} does not fit the run in {folder}, which has {of_run}; "
+                            "leave it out, or give another --out_dir")
     return saved
 
 
@@ -141,14 +144,12 @@ def resolve_flags(given, defaults, saved_flags=None):
         device = next(name for name in available if available[name])
     if device != saved.get("device"):
         saved = {flag: value for flag, value in saved.items() if flag not in MACHINE_FLAGS}
-    if device == "cuda":  # another GPU may have less memory
-        saved.pop("micro_batch", None)
     flags = {**EVERYWHERE, **defaults["cuda" if device == "cuda" else "cpu"], "micro_batch": None}
     for flag, value in flags.items():
-        if saved_flags and (flag not in saved_flags or None is saved_flags[flag] is not value):
-            raise UserError(f"{given['out_dir'] / 'checkpoint.pt'} is damaged: it has no flag {flag}; "
-                            "remove it, or give another --out_dir")
+        if saved_flags and (flag not in saved_flags or saved_flags[flag] is None and value is not None):
+            raise other_version(given["out_dir"] / "checkpoint.pt", f"it has no flag {flag}")
     args = argparse.Namespace(**{**flags, **saved, **given, "device": device})
+    args.asked = {flag: getattr(args, flag) for flag in MACHINE_FLAGS}  # what a checkpoint keeps of them
     for flag, (least, most) in LIMITS.items():
         value = getattr(args, flag, None)
         if value is not None and not least <= value <= most:  # nan is refused, too
@@ -193,7 +194,7 @@ def resolve_kernels(args):
         if problem and args.kernels:
             raise UserError(f"--kernels: {problem}; give --no-kernels")
         if problem:
-            print(f"--no-kernels: {problem}; the memory needs more time and memory without them", flush=True)
+            print(f"--no-kernels: {problem}; the bank takes more time and memory without them", flush=True)
         args.kernels = not problem
     args.kernels = bool(args.kernels)
     move_store.KERNELS = args.kernels or args.device != "cuda"
@@ -228,8 +229,9 @@ def environment_number(name, default):
 
 
 def get_world_size():
-    """Number of processes that train together; torchrun says so."""
-    return max(1, environment_number("WORLD_SIZE", 1))
+    """Number of processes that train together; torchrun says so, and gives each a RANK."""
+    n = environment_number("WORLD_SIZE", 1)
+    return max(1, n) if "RANK" in os.environ else 1
 
 
 @dataclass
@@ -321,6 +323,8 @@ def ends_together():
 def how_to_save_memory(args):
     """What to do if memory runs out."""
     other = "" if args.device == "cpu" else ", or give --device cpu"
+    if getattr(args, "prompt", None) is not None:
+        return f"lower --num_samples {args.num_samples}{other}"
     if getattr(args, "save_npz", None):
         return f"lower --save_npz {args.save_npz} or --micro_batch{other}"
     return (f"lower --micro_batch {args.micro_batch or ''}{other}; if that does not help, train a model with "

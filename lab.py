@@ -311,8 +311,8 @@ def compare(label, results, other, others):
     """A sentence: which of two methods has fewer bits, by how much, and whether seeds alone do that."""
     difference, error = differences(results, others)
     between = "" if error == float("inf") else f" ± {error:.4f}"
-    kind = "worse" if difference > 0 else "better"
-    text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} than {other}"
+    kind = "worse than" if difference > 0 else "better than" if difference < 0 else "from"
+    text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} {other}"
     if not between:
         return text + " (one seed)."
     return text + (", more than seeds differ." if differ(results, others) else ", no more than seeds differ.")

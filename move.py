@@ -623,7 +623,8 @@ class GPT(nn.Module):
 
 def memory_parameter_groups(model, lr_scale=1.0):
     """AdamW's parameter groups for any model that holds banks and routers: those of the banks, and the last
-    one for the routers; [] if it has none.
+    one for the routers; [] if it has no bank. ValueError for a bank without a ValueMixer, whose router says
+    how wide the model is: give it a group of its own.
 
     Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not in them.
     The memory is worth little at a host's usual rates: a bank needs a high rate and no weight decay. The
@@ -634,8 +635,11 @@ def memory_parameter_groups(model, lr_scale=1.0):
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
     banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]  # (V, M, d) each
     routers = list(dict.fromkeys(p for mixer in mixers for p in mixer.router.parameters()))
-    if not routers or not banks:
+    if not banks:
         return []
+    if not routers:
+        raise ValueError("the model has a ValueBank but no ValueMixer; give the bank a parameter group of "
+                         "its own, with a rate of 0.15 · (d / 768)^-½ · M^-½ and no weight decay")
     k = lr_scale * (routers[0].size(-1) / 768) ** -0.5
     shared = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
     groups = [dict(params=[bank for bank in banks if bank.size(1) == M], lr=0.15 * k * M ** -0.5, **shared)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from move import Linear, memory_parameter_groups
+from move import Linear, ValueBank, memory_parameter_groups
 from move_store import StoredAdamW, kernels_for, stored_banks
 
 
@@ -122,9 +122,9 @@ def make_optimizers(model, lr_scale=1.0):
     parameters is in one group of one of them.
 
     Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head, the banks
-    and whatever else there is. The rates are nanochat's, those of AdamW times (d / 768)^-½, but the banks':
-    see memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its highest rate as
-    `peak_lr`: see set_learning_rates.
+    and whatever else there is. The rates are nanochat's. Those of AdamW are times (d / 768)^-½. The banks
+    have their own: see memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its
+    highest rate as `peak_lr`: see set_learning_rates.
     """
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     memory = memory_parameter_groups(model, lr_scale)
@@ -162,20 +162,20 @@ def set_learning_rates(optimizers, factor):
             group["lr"] = group["peak_lr"] * factor
 
 
-def bank_use(model, adamw):
+def bank_use(model, optimizers):
     """How much of the memory is in use: dict(rows_used, row_norm), {} without a memory.
 
-    rows_used: share of the rows (a slot of a token) that have had a gradient, which are those with a
-    second moment other than 0: it fades, but to the smallest number there is. row_norm: mean norm of a row.
-    Of a stored bank rows_used alone: the share of this process's ids that were in a batch.
+    rows_used: share of the ids whose rows have had a gradient, which are those with a second moment other
+    than 0: it shrinks, but never reaches 0. row_norm: mean norm of a slot of an id. Of a stored bank
+    rows_used alone: the share of this process's ids that were in a batch.
     """
     if stored := stored_banks(model):
         lasts = [bank.rows.last for bank in stored.values()]
         return dict(rows_used=sum(last.count_nonzero().item() for last in lasts) / sum(map(len, lasts)))
-    rows = used = norms = 0
-    for bank in (p for group in memory_parameter_groups(model)[:-1] for p in group["params"]):
-        moment = adamw.state.get(bank, {}).get("exp_avg_sq")
-        rows += bank[..., 0].numel()
-        used += 0 if moment is None else moment.any(dim=-1).sum().item()
-        norms += bank.detach().norm(dim=-1, dtype=torch.float32).sum().item()
-    return dict(rows_used=used / rows, row_norm=norms / rows) if rows else {}
+    banks = [module.weight for module in model.modules() if isinstance(module, ValueBank)]
+    moments = [optimizer.state[bank]["exp_avg_sq"] for optimizer in optimizers for bank in banks
+               if optimizer.state.get(bank)]
+    used = sum(moment.flatten(1).any(1).sum().item() for moment in moments)
+    norms = sum(bank.detach().norm(dim=-1, dtype=torch.float32).sum().item() for bank in banks)
+    return dict(rows_used=used / sum(map(len, banks)),
+                row_norm=norms / sum(bank[..., 0].numel() for bank in banks)) if banks else {}

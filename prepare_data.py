@@ -886,6 +886,9 @@ def prepare_codes(folder, source):
 # ------------------------------------------------------------------------------------ command line
 
 DATASETS = ["shakespeare", "python", "fineweb_edu", "digits", "cifar10", "imagenet"]
+FLAGS = dict(  # default, and for what
+    shards=(1, {"fineweb_edu"}), vocab_size=(None, {"shakespeare", "python", "text"}),
+    codebook_size=(4096, {"cifar10", "images"}), image_size=(32, {"images"}))
 
 
 def main(argv=None):
@@ -897,11 +900,11 @@ def main(argv=None):
     add("--codes", type=Path, metavar="DIR", help="or of the codes that LlamaGen's extraction wrote here")
     add("--name", help="name of the folder (default: the data set's, or 'text', 'images', 'codes')")
     add("--data_dir", type=Path, default=Path("data"), help="(default: %(default)s)")
-    add("--shards", type=int, default=1, help="fineweb_edu: how many (default: %(default)s)")
+    add("--shards", type=int, help="fineweb_edu: how many (default: 1)")
     add("--vocab_size", type=int, help="shakespeare, python, --text: tokens to learn (default: 1024 for "
         f"shakespeare, else {DEFAULT_VOCAB_SIZE}); fineweb_edu has GPT-2's 50,257")
-    add("--codebook_size", type=int, default=4096, help="cifar10, --images: codes (default: %(default)s)")
-    add("--image_size", type=int, default=32, help="--images: pixels of an edge (default: %(default)s)")
+    add("--codebook_size", type=int, help="cifar10, --images: codes (default: 4096)")
+    add("--image_size", type=int, help="--images: pixels of an edge (default: 32)")
     args = parser.parse_args(argv)
     sources = dict(text=args.text, images=args.images, codes=args.codes)
     given = [args.dataset] * bool(args.dataset)
@@ -909,6 +912,11 @@ def main(argv=None):
     if len(given) != 1:
         raise UserError(f"name one data set ({', '.join(DATASETS)}) or give one of --text FILE..., "
                         "--images DIR, --codes DIR")
+    for flag, (default, fits) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif given[0] not in fits:
+            raise UserError(f"--{flag} does not fit {given[0]}; leave it out")
     if not 2 <= args.codebook_size <= 65536:
         raise UserError(f"--codebook_size must be from 2 to 65536, not {args.codebook_size}")
     name = given[0] if args.name is None else args.name

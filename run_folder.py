@@ -174,7 +174,7 @@ def checksum(path):
     """48 bits, of the checksums that the zip file of torch.save has of its parts."""
     with zipfile.ZipFile(path) as archive:
         parts = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 def first_line(error):
@@ -193,6 +193,11 @@ def damage_named(path):
                         "remove it, or give another --out_dir") from None
 
 
+def other_version(path, difference):
+    return UserError(f"checkpoint {path} is of another version of this program ({difference}); use that "
+                     "version, or give another --out_dir")
+
+
 def require(true, problem):
     if not true:
         raise ValueError(problem)
@@ -206,6 +211,8 @@ def read_checkpoint(folder, mmap=True):
         raise UserError(f"there is no checkpoint {path}; train first, or give the --out_dir of a run")
     with damage_named(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if isinstance(state, dict) and state.get("format") in range(FORMAT):
+            raise other_version(path, f"its format is {state['format']}, not {FORMAT}")
         check_form(state, FORM, "")
         require(all(type(loss) is float for loss in state["losses"]), "losses are no numbers")
         require(all(type(flag) is str for flag in state["flags"]), "flags have no names")

@@ -563,6 +563,8 @@ def test_parameter_groups_of_the_memory(memory, n_slots):
     assert {named[id(p)] for p in router["params"]} == {n for n in named.values() if "router" in n}
     torch.optim.AdamW(groups)
     assert memory_parameter_groups(GPT(small_config(memory="none"))) == []
+    with pytest.raises(ValueError, match="ValueMixer"):
+        memory_parameter_groups(nn.ModuleList([ValueBank(5, 2, 4), nn.Linear(4, 4)]))
 
 
 def test_a_layer_with_a_router_needs_a_memory():

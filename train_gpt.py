@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -252,8 +253,8 @@ def describe(model, args, machine):
         counts = GPT(model.config).parameter_counts()
     sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items())
     how = "kernels" if args.kernels else "reference"
-    memory = "" if model.config.memory == "none" else f", memory in {args.bank_dtype}"
-    memory += f" in the memory of the {args.bank_home}" * bool(stored_banks(model))
+    memory = "" if model.config.memory == "none" else f", bank in {args.bank_dtype}"
+    memory += f" (in {args.bank_home.replace('gpu', 'GPU')} memory)" * bool(stored_banks(model))
     print(f"{model.config}\nparameters: {sizes}\n{args.out_dir} on {machine.world_size} × {args.device}, "
           f"{args.dtype}{memory}, {how}, micro-batches of {args.micro_batch}", flush=True)
 
@@ -515,10 +516,10 @@ class Training:
     def require_finite(self, what, finite):
         if not finite:
             folder = self.args.out_dir
-            kept = f"the checkpoint in {folder} is good" if (folder / "checkpoint.pt").exists() else \
-                "there is no checkpoint yet"
-            raise UserError(f"{what} is not finite at step {self.step}; {kept}; try a lower --lr_scale or "
-                            "--dtype float32")
+            kept = (f"the checkpoint in {folder} is good, but --resume comes here again"
+                    if (folder / "checkpoint.pt").exists() else "there is no checkpoint yet")
+            raise UserError(f"{what} is not finite at step {self.step}; {kept}; train anew with a lower "
+                            "--lr_scale or --dtype float32, and another --out_dir")
 
     def report(self):
         """Logs the training loss and the speed since the last report."""
@@ -549,7 +550,7 @@ class Training:
             text = f"step {self.step}/{args.max_steps}  validation {bits:.4f} {self.unit}"
             text += "".join(f"  {name} " + " ".join(f"{g:.2f}" for g in gates)
                             for name, gates in result.items() if gates)
-            result |= bank_use(self.model, self.optimizers[1])
+            result |= bank_use(self.model, self.optimizers)
             if "rows_used" in result:
                 text += f"  rows used {result['rows_used']:.0%}"
             if self.machine.device.type == "cuda":
@@ -565,8 +566,9 @@ class Training:
         self.synchronize_losses()
         finite = all(p.isfinite().all() for p in self.model.parameters()) and rows_are_finite(self.model)
         self.require_finite("a weight", not self.machine.sum([not finite])[0])
-        not_saved = {"out_dir", "resume", "prompt", "sample", "save_npz"}
+        not_saved = {"out_dir", "resume", "prompt", "sample", "save_npz", "asked"}
         flags = {flag: value for flag, value in vars(self.args).items() if flag not in not_saved}
+        flags |= self.args.asked  # a machine where they can be had gets them again
         number = self.machine.together(lambda: save_rows(self.args.out_dir, self.model, self.step))
         files = self.machine.gather(number) if stored_banks(self.model) else []
         self.machine.first(lambda: save_checkpoint(
@@ -596,8 +598,8 @@ def sum_gradients(model, large=1 << 22):
 
 
 def print_samples(model, encoding, prompt, args, device):
-    """Prints `prompt` and what the model writes after it, to the end of the document: as it comes, or one
-    after the other where --num_samples are written at once."""
+    """Prints `prompt` and what the model writes after it, to the end of the document or of what the model
+    can read: as it comes, or one after the other where --num_samples are written at once."""
     idx, n = [encoding.eot_token, *encoding.encode_ordinary(prompt)], args.num_samples
     count = min(args.max_new_tokens, model.config.seq_len - len(idx) + 1)
     if count < 1:
@@ -622,13 +624,17 @@ def print_samples(model, encoding, prompt, args, device):
                     texts[i] += decoders[i].decode(encoding.decode_single_token_bytes(token))
             print(texts[i][before:] * (n == 1), end="", flush=True)
     tails = [decoder.decode(b"", final=True) for decoder in decoders]
-    print(tails[0] if n == 1 else "\n---\n".join(map("".join, zip(texts, tails, strict=True))))
+    print(tails[0] if n == 1 else "\n---\n".join(map("".join, zip(texts, tails, strict=True))), flush=True)
+    if len(ended) < n and count < args.max_new_tokens and "prompt" in args:
+        print(f"ended after {count} new tokens: the model takes {model.config.seq_len} at most",
+              file=sys.stderr)
 
 
 def make_parser():
     parser, sampling = training_parser(__doc__, DEFAULTS)
     sampling.add_argument("--prompt", help="do not train: print how the model of a run continues this text")
-    sampling.add_argument("--max_new_tokens", type=int, help="(default: 200)")
+    sampling.add_argument("--max_new_tokens", type=int, help="the most tokens that --prompt adds; less "
+                          "where the model's seq_len ends (default: 200)")
     sampling.add_argument("--num_samples", type=int, help="texts to write at once (default: 1)")
     return parser
 

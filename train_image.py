@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import image_data
 from command_line import (
     ends_together,
     find_run,
@@ -132,18 +131,13 @@ def save_codes(step, codes, classes, args):
     save(args.out_dir / f"samples_{step}_classes.npy", lambda file: np.save(file, classes))
 
 
-def load_decoder(folder, meta):
-    """image_data's, from the copy in a run's folder."""
-    with image_code() as code:
-        return code.load_decoder(folder, meta)
-
-
 MAX_ROWS, MAX_COLUMNS, MAX_PIXELS = 20, 10, 2048  # of a page of samples
 
 
 def save_samples(step, model, meta, args):
     """samples_<step>.png: a row of new images a class, of up to 20; their codes, if there is no decoder."""
-    decoder, names = load_decoder(args.out_dir, meta), meta["classes"]
+    with image_code() as image_data:
+        decoder, names = image_data.load_decoder(args.out_dir, meta), meta["classes"]
     pixels = 16 if meta["decoder"] == "maskgit" else image_data.PATCH  # of a code's edge
     most_rows, columns = (min(most, max(1, MAX_PIXELS // (codes * pixels)))
                           for most, codes in zip((MAX_ROWS, MAX_COLUMNS), meta["grid"], strict=True))
@@ -160,7 +154,9 @@ def save_samples(step, model, meta, args):
 def save_many(step, model, meta, args):
     """samples_<step>.npz: --save_npz new images, as many of each class, uint8 (N, h, w, 3) under arr_0, as
     programs that compute an FID read them, their classes under arr_1; their codes, if there is no decoder."""
-    decoder, classes = load_decoder(args.out_dir, meta), np.arange(args.save_npz) % len(meta["classes"])
+    with image_code() as image_data:
+        decoder = image_data.load_decoder(args.out_dir, meta)
+    classes = np.arange(args.save_npz) % len(meta["classes"])
     start = time.time()
     codes = codes_of_classes(model, meta, classes, args)
     print(f"{len(codes) / (time.time() - start):,.1f} images/s", flush=True)
@@ -179,13 +175,15 @@ def main(argv=None):
     sampling.add_argument("--save_npz", type=int, metavar="N",
                           help="do not train: make samples_<step>.npz of N images")
     given = vars(parser.parse_args(argv))
+    with image_code():  # before hours of training, if it cannot be imported
+        pass
     only_sample = "sample" in given or "save_npz" in given
     saved = find_run(given, "image", only_sample, parser) if only_sample or "resume" in given else None
     if saved is None and "size" in given:
         if "depth" in given:
             raise UserError("give --size or --depth, not both")
         given["depth"] = SIZES[given["size"]][0]
-    dataset = given.get("dataset", "digits")
+    dataset = (saved["flags"] if saved else given).get("dataset", "digits")
     defaults = dict(cuda=SMALL, cpu=SMALL) if dataset == "digits" else DEFAULTS
     args = resolve_flags(given, defaults, saved and saved["flags"])
     with ends_together(), memory_advice(lambda: how_to_save_memory(args)):

@@ -605,7 +605,11 @@ def test_bad_flags(tmp_path):
             ([], "shakespeare"), (["wikipedia"], "wikipedia"), (["python", "--text", "x"], "--text"),
             (["--images", "x", "--codes", "x"], "--codes"), (["python", "--name", "../x"], "--name .*'../x'"),
             (["python", "--name", ""], "--name"), (["fineweb_edu", "--shards", 0], "--shards"),
-            (["cifar10", "--codebook_size", 1], "--codebook_size")]:
+            (["cifar10", "--codebook_size", 1], "--codebook_size"),
+            (["digits", "--image_size", 64], "--image_size.*digits"),
+            (["digits", "--codebook_size", 512], "--codebook_size.*digits"),
+            (["shakespeare", "--shards", 2], "--shards.*shakespeare"),
+            (["fineweb_edu", "--vocab_size", 32768], "--vocab_size.*fineweb_edu")]:
         fails(prepare_data, [*flags, "--data_dir", tmp_path / "data"], name)
         assert not (tmp_path / "data").exists()
 

@@ -20,7 +20,7 @@ import experiments
 import lab
 import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
-from optimizers import make_optimizers
+from optimizers import bank_use, make_optimizers
 from prepare_data import UserError, load_dataset
 
 TOY = dict(depth=2, seeds=1, steps=2, seq_len=32, batch_tokens=64, eval_tokens=64, evaluations=2)
@@ -340,6 +340,21 @@ def test_varied_optimizers(memory):
                 kind = "bank" if any(p is bank for bank in banks) else \
                     "embedding" if p is model.embedding.weight else "head"
                 assert rates[p] == pytest.approx(group["lr"] * options.get(kind, 1))
+
+
+@pytest.mark.parametrize("rows", [None, experiments.RowAdam, experiments.RowAdamW])
+@pytest.mark.parametrize("memory", ["move", "lave"])
+def test_rows_used_with_any_optimizer(memory, rows):
+    """The share of the ids that were in a batch."""
+    model = awake(small_model(memory))
+    taken = experiments.varied_optimizers(model, 1.0, rows=rows)
+    assert bank_use(model, taken)["rows_used"] == 0
+    idx = torch.tensor([[3, 1, 3, 5]])
+    model(idx, idx).backward()
+    for optimizer in taken:
+        optimizer.step()
+    used = bank_use(model, taken)
+    assert used["rows_used"] == pytest.approx(3 / model.config.vocab_size) and used["row_norm"] > 0
 
 
 def test_a_new_memory_alone_learns(monkeypatch):

@@ -178,7 +178,8 @@ def test_a_machine_without_a_compiler_trains_without_it(what, data_dir, tmp_path
             patch.setattr(command_line.sysconfig, "get_path", lambda name: str(tmp_path))
         train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1, "--compile"))
         assert "--no-compile" in capsys.readouterr().out
-        assert not checkpoint(tmp_path / "run")["flags"]["compile"]
+        flags = checkpoint(tmp_path / "run")["flags"]  # as asked: with a compiler, --resume compiles
+        assert flags["compile"] and flags["kernels"] is None
         args = argparse.Namespace(device="cuda", dtype="bfloat16", kernels=None)
         command_line.resolve_kernels(args)
         assert args.kernels is False and "--no-kernels" in capsys.readouterr().out
@@ -263,6 +264,17 @@ def test_two_processes_train_as_one(finished, data_dir, tmp_path):
         a, b = log_of(finished, key), log_of(tmp_path / "run", key)
         assert list(a) == list(b) and np.allclose(list(a.values()), list(b.values()), rtol=tolerance)
     train_gpt.main(["--resume", "--out_dir", str(tmp_path / "run"), "--max_steps", "26"])  # by one process
+
+
+def test_a_run_goes_on_with_more_processes(data_dir, tmp_path):
+    """Its micro-batch was chosen for one process, and is chosen again."""
+    flags = [flag for flag in command(data_dir, tmp_path / "run", "--max_steps", 1)
+             if flag not in ("--micro_batch", "4")]
+    train_gpt.main(flags)
+    process = start("--resume", "--out_dir", tmp_path / "run", "--max_steps", 2,
+                    prefix=["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"])
+    output, error = process.communicate(timeout=100)
+    assert process.returncode == 0 and "step 2/2  loss" in output, error
 
 
 def test_two_runs_in_one_folder(data_dir, tmp_path):
@@ -598,6 +610,10 @@ def test_bad_flags(data_dir, tmp_path):
 def test_a_world_size_that_is_no_number(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     fails(train_gpt, command(data_dir, tmp_path / "none"), "WORLD_SIZE.*two")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without torchrun's other variables
+    assert command_line.get_world_size() == 1
+    monkeypatch.setenv("RANK", "0")
+    assert command_line.get_world_size() == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -701,6 +717,28 @@ def test_a_damaged_checkpoint(damage, finished, tmp_path):
     before = path.read_bytes()
     fails(train_gpt, ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 30], "checkpoint.pt")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("other", [
+    lambda path: change(path, format=run_folder.FORMAT - 1), lambda path: change(path, format=0),
+    lambda path: change(path, flags=lambda f: drop(f, "bank_home"))])
+def test_a_checkpoint_of_another_version(other, finished, tmp_path):
+    """It is not called damaged, and nobody is told to remove it."""
+    shutil.copytree(finished, tmp_path / "run")
+    other(tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(prepare_data.UserError, match="checkpoint.pt.* version") as error:
+        train_gpt.main(["--out_dir", str(tmp_path / "run"), "--resume", "--max_steps", "30"])
+    assert "damaged" not in str(error.value) and "remove" not in str(error.value)
+
+
+def test_a_flag_that_agrees_with_the_default_of_a_run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for flags, fits in ((["--gate_value"], True), (["--no-gate_value"], False)):
+        arguments = ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 26, *flags]
+        if fits:
+            train_gpt.main(list(map(str, arguments)))
+        else:
+            fails(train_gpt, arguments, "--gate_value.*fit.*True")
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
