@@ -560,14 +560,15 @@ def frozen_gates(model, data, sequences=32):
     ids, index, times = all_ids.flatten().unique(return_inverse=True, return_counts=True)
     gates = {mixer: [] for mixer in mixers}
 
+    def replaced(mixer, i, gates_of):
+        return lambda x: gates_of(mixer, i, type(mixer).gates(mixer, x))
+
     def nats(gates_of):
         """Summed cross-entropy where gates_of(mixer, number of the sequence, g) replaces the gates g."""
         total = 0
         for i in range(count):
             for mixer in mixers:
-                plain = functools.partial(type(mixer).gates, mixer)
-                mixer.gates = functools.partial(
-                    lambda mixer, i, plain, x: gates_of(mixer, i, plain(x)), mixer, i, plain)
+                mixer.gates = replaced(mixer, i, gates_of)
             idx, targets = (t[i:i + 1].to(device) for t in (all_ids, all_targets))
             total += model(idx, targets).item() * targets.numel()
         return total

@@ -41,6 +41,7 @@ import hashlib
 import inspect
 import itertools
 import textwrap
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -537,6 +538,11 @@ class FastValueMixer(move.ValueMixer):
         linear = isinstance(v, move.Linear)
         v_s = memory.values(x, v.weight if linear else v, self.router.weight, self.n_heads, self.gate_value)
         if v_s is None:
+            if not torch.compiler.is_compiling():
+                names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                warnings.warn("a layer mixes without the kernels, which takes more time and memory: they "
+                              f"need {names}, heads up to 512, a contiguous bank and layers like the first",
+                              stacklevel=2)
             v = v(x).unflatten(-1, (self.n_heads, -1)) if linear else v
             return super().forward(x, v, memory.tensor())
         return v_s
@@ -625,7 +631,10 @@ def edited():
         except (OSError, TypeError, SyntaxError):  # there is no source
             found = None
         if found != expected:
-            return f"{owner.__name__}.{name} is not the one that the kernels know ({found})"
+            if found is None:
+                return f"the source of {owner.__name__}.{name} cannot be read"
+            return (f"{owner.__name__}.{name} is not the one that the kernels have a copy of; if its numbers "
+                    f"are the same, write {found} into COPIED of move_fast.py")
     return None
 
 

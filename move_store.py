@@ -295,7 +295,8 @@ class StoredBank(nn.Module):
 
     home: 'gpu', the memory of `device`, or 'host', host memory. The processes of torch.distributed share the
     rows out, and call `read` and `update` together.
-    generator, std: as ValueBank; the rows start with its numbers on a CPU, drawn on `device` otherwise.
+    generator, std: as ValueBank. On a CPU the rows start as those of a ValueBank; on CUDA they come from a
+    generator on `device`, which this one seeds.
 
     An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode,
     without gradients, the bank of one process reads by itself. The state_dict does not have the rows.

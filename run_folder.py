@@ -341,7 +341,7 @@ def read_rows(folder, state):
 
 
 def check_rows(state, n, n_slots, dim, step):
-    """ValueError unless this is the state of n rows (M, d), of which the numbers are looked at later."""
+    """ValueError unless this is the state of n rows (M, d). `pieces` checks later that they are finite."""
     require(state.keys() == {"rows", "last", "c"} and all(map(torch.is_tensor, state.values())),
             "it has other entries")
     rows = state["rows"]

@@ -378,12 +378,13 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
             new = step > training.first  # false where a run starts or goes on
+            unsaved = new or saved is None  # nor evaluated, if it is to be
             if new and (step % args.log_every == 0 or step == 1 or done):
                 training.report()
-            if (new or saved is None) and (step % args.eval_every == 0 or done):
+            if unsaved and (step % args.eval_every == 0 or done):
                 training.evaluate()
             if done or stopping or (new and step % args.save_every == 0):
-                if new or saved is None:  # else it is there
+                if unsaved:
                     training.save()
                 if after_save and machine.main and not stopping and can_sample(model):
                     model.eval()
@@ -478,7 +479,7 @@ class Training:
         set_learning_rates(self.optimizers, schedule(self.step, args.max_steps))
         for optimizer in self.optimizers:
             optimizer.step()
-        self.model.zero_grad()  # an evaluation has room for more
+        self.model.zero_grad()  # frees them before an evaluation
         self.step += 1
 
     def load(self):

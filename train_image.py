@@ -51,8 +51,8 @@ class ImageRecords:
     """Records (N, 1 + n) as what a GPT reads and what follows: records[indices (B,)] → ids [class, code_1 …
     code_n-1] and targets [code_1 … code_n], int64 (B, n) each. Indices: see DataOrder.
 
-    null_class: the id that stands for the class of a tenth of the records, evenly spread; in each epoch of
-    others, so that in ten epochs it is each one's once.
+    null_class: the id that stands for the class of a tenth of the records, evenly spread. Each epoch takes
+    another tenth: in ten epochs each record has it once.
     """
 
     def __init__(self, tokens, n, null_class=None):
