@@ -39,19 +39,18 @@ class ValueBank(nn.Module):
     The bank starts as N(0, std²). Random and not zero: equal slots under equal gates would get equal
     gradients and stay equal for ever. By default std = 0.3 · M^-½: M gates of 1 add up to
     Var(V_S) = Var(V) + M·std², which is 1.09 where Var(V) = 1, however many slots there are.
-    generator: the random numbers of the start, by default torch's global ones.
     """
 
-    def __init__(self, vocab_size, n_slots, dim, std=None, generator=None):
+    def __init__(self, vocab_size, n_slots, dim, std=None):
         super().__init__()
         if min(vocab_size, n_slots, dim) < 1:
             raise ValueError(f"vocab_size, n_slots and dim must be 1 or more, not {vocab_size, n_slots, dim}")
         self.std = 0.3 * n_slots ** -0.5 if std is None else std
         self.weight = nn.Parameter(torch.empty(vocab_size, n_slots, dim))
-        self.reset_parameters(generator)
+        self.reset_parameters()
 
-    def reset_parameters(self, generator=None):
-        nn.init.normal_(self.weight, std=self.std, generator=generator)
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, idx):
         rows = F.embedding(idx, self.weight.flatten(1))  # (B, T, M·d)
@@ -413,10 +412,10 @@ class GPTConfig:
 class Block(nn.Module):
     """x + attention(rms_norm(x)), then x + MLP(rms_norm(x)) with ReLU² in between: (B, T, d) → the same.
 
-    A block of LaVE reads a table of its own instead of the shared memory.
+    A block of LaVE reads a table of its own, which GPT makes, instead of the shared memory.
     """
 
-    def __init__(self, config, layer, generator=None, bank=ValueBank):
+    def __init__(self, config, layer):
         super().__init__()
         c, n_slots = config, config.layer_slots()[layer]
         if c.attention == "mha":
@@ -427,8 +426,6 @@ class Block(nn.Module):
         self.mlp_up = Linear(c.dim, 4 * c.dim)
         self.mlp_down = Linear(4 * c.dim, c.dim, std=0)
         self.table = None
-        if c.memory == "lave" and n_slots:
-            self.table = bank(c.vocab_size, n_slots, c.memory_dim, generator=generator)
 
     def forward(self, x, idx, rotary, memory, cache):
         if self.table is not None:
@@ -482,15 +479,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         V, d = config.vocab_size, config.dim
-        generator, device = None, torch.get_default_device()
-        if device.type != "meta":  # the memory has its own random numbers: nothing else depends on its size
-            generator = torch.Generator(device).manual_seed(torch.initial_seed() ^ 1)
         self.embedding = nn.Embedding(V, d)  # starts as N(0, 1)
-        self.blocks = nn.ModuleList(Block(config, i, generator, bank) for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.head = Linear(d, V, std=0.001)
-        self.bank = None
+        self.bank = None  # the memory comes last: the random numbers of all else do not depend on it
         if config.memory == "move":
-            self.bank = bank(V, config.n_slots, config.memory_dim, generator=generator)
+            self.bank = bank(V, config.n_slots, config.memory_dim)
+        elif config.memory == "lave":
+            for block, n_slots in zip(self.blocks, config.layer_slots(), strict=True):
+                block.table = bank(V, n_slots, config.memory_dim) if n_slots else None
         if positions is None:
             positions = torch.arange(config.seq_len).unsqueeze(1)
         cos, sin = rotary_embedding(positions, config.rotary_dim)

@@ -295,15 +295,14 @@ class StoredBank(nn.Module):
 
     home: 'gpu', the memory of `device`, or 'host', host memory. The processes of torch.distributed share the
     rows out, and call `read` and `update` together.
-    generator, std: as ValueBank. On a CPU the rows start as those of a ValueBank; on CUDA they come from a
-    generator on `device`, which this one seeds.
+    std: as ValueBank. On a CPU the rows start as those of a ValueBank; on CUDA as N(0, std²), too, but with
+    random numbers of the GPU.
 
     An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode,
     without gradients, the bank of one process reads by itself. The state_dict does not have the rows.
     """
 
-    def __init__(self, vocab_size, n_slots, dim, std=None, generator=None, *, home, dtype=torch.float32,
-                 device="cpu"):
+    def __init__(self, vocab_size, n_slots, dim, std=None, *, home, dtype=torch.float32, device="cpu"):
         super().__init__()
         if home not in ("gpu", "host"):
             raise ValueError(f"home must be 'gpu' or 'host', not {home!r}")
@@ -319,19 +318,18 @@ class StoredBank(nn.Module):
         self.coming = None  # the Share of the next read, if prefetch said which
         shape = len(range(self.rank, vocab_size, self.n)), 3, n_slots, dim
         self.rows = (DeviceRows if home == "gpu" else HostRows)(shape, dtype, device)
-        self.draw(generator)
+        self.reset_parameters()
 
-    def draw(self, generator):
-        """The rows start as N(0, std²)."""
-        device, (M, d) = self.place.device, self.rows.home.shape[2:]
-        if device.type == "cuda" and (generator is None or generator.device.type != "cuda"):
-            seed = torch.randint(1 << 62, (), generator=generator).item()
-            generator = torch.Generator(device).manual_seed(seed)
+    def reset_parameters(self):
+        """The rows start as N(0, std²), the same whatever the number of processes."""
+        device, (M, d), generator = self.place.device, self.rows.home.shape[2:], None
+        if device.type == "cuda":
+            generator = torch.Generator(device).manual_seed(torch.randint(1 << 62, ()).item())
         step = max(self.n, CHUNK // (M * d) // self.n * self.n)
-        for start in range(0, self.vocab_size, step):  # the same numbers as of one draw
-            drawn = torch.empty(min(step, self.vocab_size - start), M, d, device=device)
-            nn.init.normal_(drawn, std=self.working_set.std, generator=generator)
-            mine = drawn[self.rank::self.n]
+        for start in range(0, self.vocab_size, step):  # the same numbers as all at once
+            some = torch.empty(min(step, self.vocab_size - start), M, d, device=device)
+            nn.init.normal_(some, std=self.working_set.std, generator=generator)
+            mine = some[self.rank::self.n]
             self.rows.home[start // self.n:start // self.n + len(mine), 0] = mine
 
     def forward(self, idx):
@@ -426,7 +424,7 @@ def exchange(sent, sent_counts, received_counts, received=None):
     return received
 
 
-def empty_bank(vocab_size, n_slots, dim, generator=None, *, home, dtype, device):
+def empty_bank(vocab_size, n_slots, dim, *, home, dtype, device):
     """A plain ValueBank whose rows are to be filled, in the memory of the device or, on CUDA, in that of the
     host, which the GPU then reads over the link: for generation, where a step reads a row for each text."""
     with torch.device("meta"):

@@ -529,22 +529,24 @@ def test_a_bank_of_nothing(shape):
         ValueBank(*shape)
 
 
-def test_the_memory_uses_random_numbers_of_its_own():
-    """A larger memory changes neither the model's other weights nor what is drawn after it."""
-    drawn = []
-    for n_slots in (0, 1, 5):
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_the_start_of_the_memory(attention):
+    starts = []
+    for about in (dict(memory="none"), dict(n_slots=1), dict(n_slots=5), dict(memory="lave", n_slots=2)):
         torch.manual_seed(1)
-        model = GPT(small_config(n_slots=n_slots))
-        drawn.append(torch.rand(3))
-        if model.bank is not None:  # and they are not the embedding's, times a factor
-            first = min(model.bank.weight.numel(), model.embedding.weight.numel())
-            weights = [w.detach().flatten() for w in (model.bank.weight, model.embedding.weight)]
-            pair = torch.stack([w[:first] for w in weights])
+        model = GPT(small_config(attention, **about))
+        banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
+        starts.append({name: p for name, p in model.named_parameters()
+                       if not name.endswith("router.weight") and all(p is not bank for bank in banks)})
+        for bank in banks:  # whose numbers are not the embedding's, times a factor
+            first = min(bank.numel(), model.embedding.weight.numel())
+            pair = torch.stack([w.detach().flatten()[:first] for w in (bank, model.embedding.weight)])
             assert torch.corrcoef(pair)[0, 1].abs() < 0.15
-            assert model.bank.weight.std().item() == pytest.approx(0.3 / n_slots ** 0.5, rel=0.1)
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
-    tables = [block.table.weight for block in GPT(small_config(memory="lave", n_slots=2)).blocks]
-    assert not torch.equal(*tables)
+            assert bank.std().item() == pytest.approx(0.3 / bank.size(1) ** 0.5, rel=0.1)
+    for other in starts[1:]:
+        assert starts[0].keys() == other.keys()
+        assert all(torch.equal(p, other[name]) for name, p in starts[0].items())
+    assert not torch.equal(*banks)  # LaVE's tables
 
 
 @pytest.mark.parametrize("memory, n_slots", [("move", 4), ("move", 16), ("lave", 4), ("lave", 6)])

@@ -397,7 +397,7 @@ def test_homes_of_a_bank_are_measured(tmp_path, capsys):
     _, _, _, plain, host, _ = capsys.readouterr().out.splitlines()
     plain, host = ([cell.strip() for cell in line.split("|")] for line in (plain, host))
     assert (plain[3], host[3]) == ("gpu", "host") and float(plain[4]) > 0
-    assert plain[10] == host[10]  # the losses
+    assert float(plain[10]) == pytest.approx(float(host[10]), abs=3e-4)  # the losses, in float32
     assert plain[7].startswith("0 ") and not host[7].startswith("0 ")
     assert all(len(line[11].split(" + ")) == 4 for line in (plain, host))
     for flags in (["--tokens", 33, "--seq_len", 32], ["--steps", 0], ["--homes", "disk"]):
