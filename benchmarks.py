@@ -350,14 +350,14 @@ def store(args):
     """Whole training steps with the bank in several homes, in turn, round after round, each step with ids of
     its own from a 1/rank law. torchrun deals the bank out: each process has as many tokens as one alone. Rows
     that move come from host memory or go back, with both moments."""
-    for flag in ("tokens", "seq_len", "vocab_size", "rounds", "steps"):
+    for flag in ("tokens", "seq_len", "vocab_size", "rounds", "steps", "depth"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.tokens % args.seq_len:
         raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")
     for scale in args.scales:
-        if not 0 < scale * args.depth / 2 <= 10**4:
-            raise UserError(f"--scales: {scale:g} makes no memory; give numbers above 0, such as 1 4 8")
+        if not 0 < scale <= 10**4:
+            raise UserError(f"--scales must be above 0 and at most 10000, not {scale:g}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = set_up_machine(argparse.Namespace(device=device, seed=0))
     with ends_together():

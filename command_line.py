@@ -116,7 +116,10 @@ def find_run(given, kind, sampling, parser):
     given["out_dir"], saved = folder, read_checkpoint(folder)
     if saved["meta"]["kind"] != kind:
         raise UserError(f"{folder} holds a run of kind {saved['meta']['kind']}; this script needs {kind}")
+    names = {action.dest for action in parser._actions}
     for flag, value in saved["flags"].items():
+        if flag not in {*names, "seq_len"}:  # which an image set says
+            raise other_version(folder / "checkpoint.pt", f"it has a flag {flag}")
         good = value == saved["config"]["seq_len"] if flag == "seq_len" else can_parse(parser, flag, value)
         if not good:
             raise UserError(f"{folder / 'checkpoint.pt'} is damaged: flag {flag} is {value!r}; remove it, "
@@ -323,9 +326,10 @@ def ends_together():
 def how_to_save_memory(args):
     """What to do if memory runs out."""
     other = "" if args.device == "cpu" else ", or give --device cpu"
-    if getattr(args, "prompt", None) is not None:
+    if getattr(args, "prompt", None) is not None and args.num_samples > 1:
         return f"lower --num_samples {args.num_samples}{other}"
     if getattr(args, "save_npz", None):
         return f"lower --save_npz {args.save_npz} or --micro_batch{other}"
-    return (f"lower --micro_batch {args.micro_batch or ''}{other}; if that does not help, train a model with "
+    size = f" {args.micro_batch}" if args.micro_batch else ""
+    return (f"lower --micro_batch{size}{other}; if that does not help, train a model with "
             "a lower --move_scale or --depth")

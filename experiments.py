@@ -344,7 +344,7 @@ def gradient_highway(lab):
     lab.write(table, [compare("MoVE-×1", done["MoVE-×1"], "one layer that trains the bank", one),
                       compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])],
               [dict(lines=lines, xlabel="layer with a memory", ylabel="mean gradient norm of a row"),
-               dict(lines=used, xlabel="steps", ylabel="share of rows that have had a gradient"),
+               dict(lines=used, xlabel="steps", ylabel="share of ids that have had a gradient"),
                dict(lines=gains(done), xlabel="steps", ylabel=GAIN)])
 
 

@@ -207,7 +207,7 @@ def is_done(run, folder):
     return looked and read_log(path, "val_bits_per_byte")[0][-1:] == last
 
 
-RECIPE = 3  # to be raised where a change of the code changes what a run finds
+RECIPE = 4  # to be raised where a change of the code changes what a run finds
 
 
 def settings_of(run):
@@ -311,8 +311,10 @@ def compare(label, results, other, others):
     """A sentence: which of two methods has fewer bits, by how much, and whether seeds alone do that."""
     difference, error = differences(results, others)
     between = "" if error == float("inf") else f" ± {error:.4f}"
-    kind = "worse than" if difference > 0 else "better than" if difference < 0 else "from"
-    text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} {other}"
+    if difference == 0:
+        return f"{label} and {other} have the same bits per byte."
+    kind = "worse" if difference > 0 else "better"
+    text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} than {other}"
     if not between:
         return text + " (one seed)."
     return text + (", more than seeds differ." if differ(results, others) else ", no more than seeds differ.")

@@ -541,8 +541,8 @@ class FastValueMixer(move.ValueMixer):
             if not torch.compiler.is_compiling():
                 names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
                 warnings.warn("a layer mixes without the kernels, which takes more time and memory: they "
-                              f"need {names}, heads up to 512, a contiguous bank and layers like the first",
-                              stacklevel=2)
+                              f"need one of {names}, heads up to 512, one piece of memory for the bank, and "
+                              "layers like the first", stacklevel=2)
             v = v(x).unflatten(-1, (self.n_heads, -1)) if linear else v
             return super().forward(x, v, memory.tensor())
         return v_s
@@ -801,7 +801,7 @@ def adamw_kernel(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, n, BLOCK
 
 def adamw(p, m, v, step, lr, betas, eps, weight_decay):
     """A step of AdamW on p by p.grad; all contiguous and of the same shape and dtype. step (): the number of
-    this step, from 1, float32. Sums are float32. PyTorch's kernel takes 1.5 times as long in bfloat16."""
+    this step, from 1, float32. Sums are float32. PyTorch's takes 1.4 to 1.5 times as long in bfloat16."""
     n = p.numel()
     with torch.cuda.device_of(p):
         adamw_kernel[triton.cdiv(n, 4096),](p, p.grad, m, v, step, lr, *betas, eps, weight_decay, n,

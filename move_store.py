@@ -295,8 +295,8 @@ class StoredBank(nn.Module):
 
     home: 'gpu', the memory of `device`, or 'host', host memory. The processes of torch.distributed share the
     rows out, and call `read` and `update` together.
-    std: as ValueBank. On a CPU the rows start as those of a ValueBank; on CUDA as N(0, std²), too, but with
-    random numbers of the GPU.
+    std: as ValueBank. On a CPU the rows start as those of a ValueBank, if M·d is a multiple of 16; on CUDA
+    they start as N(0, std²) by random numbers of the GPU.
 
     An id that was not read raises IndexError on a CPU and is a device-side assert on CUDA. In eval mode,
     without gradients, the bank of one process reads by itself. The state_dict does not have the rows.
@@ -325,12 +325,13 @@ class StoredBank(nn.Module):
         device, (M, d), generator = self.place.device, self.rows.home.shape[2:], None
         if device.type == "cuda":
             generator = torch.Generator(device).manual_seed(torch.randint(1 << 62, ()).item())
-        step = max(self.n, CHUNK // (M * d) // self.n * self.n)
-        for start in range(0, self.vocab_size, step):  # the same numbers as all at once
+        step = max(1, CHUNK // (M * d))
+        for start in range(0, self.vocab_size, step):
             some = torch.empty(min(step, self.vocab_size - start), M, d, device=device)
             nn.init.normal_(some, std=self.working_set.std, generator=generator)
-            mine = some[self.rank::self.n]
-            self.rows.home[start // self.n:start // self.n + len(mine), 0] = mine
+            mine = some[(self.rank - start) % self.n::self.n]
+            first = len(range(self.rank, start, self.n))  # of mine, as this process counts its rows
+            self.rows.home[first:first + len(mine), 0] = mine
 
     def forward(self, idx):
         if self.n == 1 and not self.training and not torch.is_grad_enabled():

@@ -211,8 +211,9 @@ def read_checkpoint(folder, mmap=True):
         raise UserError(f"there is no checkpoint {path}; train first, or give the --out_dir of a run")
     with damage_named(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if isinstance(state, dict) and state.get("format") in range(FORMAT):
-            raise other_version(path, f"its format is {state['format']}, not {FORMAT}")
+        found = state.get("format") if isinstance(state, dict) else None
+        if type(found) is int and 0 <= found != FORMAT:
+            raise other_version(path, f"its format is {found}, not {FORMAT}")
         check_form(state, FORM, "")
         require(all(type(loss) is float for loss in state["losses"]), "losses are no numbers")
         require(all(type(flag) is str for flag in state["flags"]), "flags have no names")

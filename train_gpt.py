@@ -254,7 +254,8 @@ def describe(model, args, machine):
     sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items())
     how = "kernels" if args.kernels else "reference"
     memory = "" if model.config.memory == "none" else f", bank in {args.bank_dtype}"
-    memory += f" (in {args.bank_home.replace('gpu', 'GPU')} memory)" * bool(stored_banks(model))
+    home = "GPU" if args.bank_home == "gpu" and args.device == "cuda" else "host"
+    memory += f" (in {home} memory)" * bool(stored_banks(model))
     print(f"{model.config}\nparameters: {sizes}\n{args.out_dir} on {machine.world_size} × {args.device}, "
           f"{args.dtype}{memory}, {how}, micro-batches of {args.micro_batch}", flush=True)
 
@@ -378,7 +379,7 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
             new = step > training.first  # false where a run starts or goes on
-            unsaved = new or saved is None  # nor evaluated, if it is to be
+            unsaved = new or saved is None  # false where a run goes on: its checkpoint is of this step
             if new and (step % args.log_every == 0 or step == 1 or done):
                 training.report()
             if unsaved and (step % args.eval_every == 0 or done):
@@ -627,7 +628,7 @@ def print_samples(model, encoding, prompt, args, device):
     tails = [decoder.decode(b"", final=True) for decoder in decoders]
     print(tails[0] if n == 1 else "\n---\n".join(map("".join, zip(texts, tails, strict=True))), flush=True)
     if len(ended) < n and count < args.max_new_tokens and "prompt" in args:
-        print(f"ended after {count} new tokens: the model takes {model.config.seq_len} at most",
+        print(f"stopped after {count} new tokens: prompt and answer can have {model.config.seq_len} together",
               file=sys.stderr)
 
 

@@ -111,9 +111,11 @@ def generate_codes(model, classes, n_codes, null_class, cfg_scale=1.0, temperatu
 
 
 def codes_of_classes(model, meta, classes, args):
-    """Codes of new images of these classes (N,), an array → (N, n), args.micro_batch images at a time."""
+    """Codes of new images of these classes (N,), an array → (N, n), as many at a time as --micro_batch says.
+    They depend on it: what training chose by itself counts on a GPU only, which may have no room for more."""
     device, n_codes, null_class = model.head.weight.device, meta["n_codes"], meta["vocab_size"] - 1
-    batch = min(len(classes), args.micro_batch or LARGE["micro_batch"])
+    micro_batch = args.micro_batch if device.type == "cuda" else args.asked["micro_batch"]
+    batch = min(len(classes), micro_batch or LARGE["micro_batch"])
     codes = generate_codes(model, n_codes + torch.as_tensor(classes).to(device), n_codes, null_class,
                            args.cfg_scale, args.temperature, args.top_k, args.top_p,
                            torch.Generator(device).manual_seed(args.seed), batch)

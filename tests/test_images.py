@@ -813,7 +813,7 @@ def test_samples_of_a_run_from_another_device(finished):
     """Where a run is only sampled, no micro-batch is known but the one that was given."""
     model, meta = trained(finished)
     args = argparse.Namespace(micro_batch=None, cfg_scale=1.5, temperature=1.0, top_k=None, top_p=None,
-                              seed=0)
+                              seed=0, asked=dict(micro_batch=None))
     assert train_image.codes_of_classes(model, meta, np.arange(3), args).shape == (3, 16)
 
 
@@ -887,6 +887,15 @@ def test_the_same_seed_makes_the_same_page_with_the_runs_folder_only(finished, t
     fails(train_gpt, ["--prompt", "x", "--out_dir", "out/moved"], "image")
     (tmp_path / "out" / "moved" / "codebook.npy").write_bytes(b"x")
     fails(train_image, ["--sample"], "codebook.npy")
+
+
+def test_the_page_does_not_depend_on_a_micro_batch_that_was_chosen(digits_dir, tmp_path):
+    run = ["--data_dir", str(digits_dir), "--out_dir", str(tmp_path / "run")]
+    train_image.main([*run, *"--device cpu --depth 2 --max_steps 2 --batch_tokens 64".split()])
+    page = tmp_path / "run" / "samples_2.png"
+    before = page.read_bytes()
+    train_image.main([*run[2:], "--sample"])
+    assert page.read_bytes() == before
 
 
 def test_sizes_of_llamagen():

@@ -489,6 +489,20 @@ def test_the_start_is_that_of_a_plain_bank(monkeypatch):
         assert all(torch.equal(v, stored.state_dict()[k]) for k, v in others.items())
 
 
+def test_the_start_is_the_same_with_any_number_of_processes(monkeypatch):
+    """Also where a piece is no multiple of it."""
+    monkeypatch.setattr(move_store, "CHUNK", 5 * 8)  # five rows
+    starts = []
+    for n in (1, 2, 3):
+        start = torch.zeros(23, 2, 4)
+        for rank in range(n):
+            monkeypatch.setattr(move_store, "processes", lambda rank=rank, n=n: (rank, n))
+            torch.manual_seed(0)
+            start[rank::n] = StoredBank(23, 2, 4, home="host").rows.home[:, 0]
+        starts.append(start)
+    assert starts[0].std() > 0.1 and all(torch.equal(starts[0], start) for start in starts[1:])
+
+
 def test_pieces_change_nothing(monkeypatch):
     whole = train(*build("host"), range(12))
     monkeypatch.setattr(move_store, "CHUNK", 300)  # three rows

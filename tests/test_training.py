@@ -721,6 +721,8 @@ def test_a_damaged_checkpoint(damage, finished, tmp_path):
 
 @pytest.mark.parametrize("other", [
     lambda path: change(path, format=run_folder.FORMAT - 1), lambda path: change(path, format=0),
+    lambda path: change(path, format=run_folder.FORMAT + 1),
+    lambda path: change(path, flags=lambda f: {**f, "a_new_flag": 1}),
     lambda path: change(path, flags=lambda f: drop(f, "bank_home"))])
 def test_a_checkpoint_of_another_version(other, finished, tmp_path):
     """It is not called damaged, and nobody is told to remove it."""
