@@ -326,8 +326,9 @@ def ends_together():
 def how_to_save_memory(args):
     """What to do if memory runs out."""
     other = "" if args.device == "cpu" else ", or give --device cpu"
-    if getattr(args, "prompt", None) is not None and args.num_samples > 1:
-        return f"lower --num_samples {args.num_samples}{other}"
+    if getattr(args, "prompt", None) is not None:
+        return f"lower --num_samples {args.num_samples}{other}" if args.num_samples > 1 else \
+            f"give a shorter --prompt{other}"
     if getattr(args, "save_npz", None):
         return f"lower --save_npz {args.save_npz} or --micro_batch{other}"
     size = f" {args.micro_batch}" if args.micro_batch else ""

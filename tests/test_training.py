@@ -762,6 +762,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     assert not (tmp_path / "other" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("samples, flag", [(1, "--prompt"), (3, "--num_samples 3")])
+def test_out_of_memory_of_a_sample_says_what_to_lower(samples, flag, finished, monkeypatch):
+    """What it names can be lowered, and counts: --micro_batch does not."""
+    def generate(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    arguments = ["--out_dir", finished, "--prompt", "x", "--num_samples", samples]
+    fails(train_gpt, arguments, f"^(?!.*micro).*{flag}")
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
