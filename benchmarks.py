@@ -164,9 +164,9 @@ def token_ids(args):
 
 
 def overhead(args):
-    """Times training steps of the variants in turn, round after round, and prints each beside the first
-    one: median and spread (smallest to largest) of all rounds. The last figure of GPU memory is without
-    the bank's own parameters, gradients and optimizer state."""
+    """Times a training step of each variant, in another order in each round, and prints each beside the
+    first one: median and spread (smallest to largest) of all rounds. The last figure of GPU memory is
+    without the bank's own parameters, gradients and optimizer state."""
     for flag in ("tokens", "seq_len", "vocab_size", "rounds"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -202,10 +202,11 @@ def overhead(args):
             del variant
             gc.collect()
             torch.cuda.empty_cache()
+    rng = np.random.default_rng(0)
     for _ in range(args.rounds):
-        for variant in variants:
-            times = variant.step(batches)
-            variant.forward_backward.append(times[0]), variant.step_ms.append(times[1])
+        for i in rng.permutation(len(variants)):  # a GPU is slower after work that took much power
+            times = variants[i].step(batches)
+            variants[i].forward_backward.append(times[0]), variants[i].step_ms.append(times[1])
 
     rows = report_overhead(variants, args.tokens)
     if len(rows) > 1:
