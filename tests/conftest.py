@@ -21,11 +21,13 @@ def release(package):
     return tuple(int(number) for number in importlib.metadata.version(package).split(".")[:2])
 
 
+NEEDS_OLDER_NUMPY = False  # whether Triton's interpreter does
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    NEEDS_OLDER_NUMPY = release("triton") < (3, 7) and release("numpy") >= (2, 5)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported: the kernels run as Python
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        if release("triton") < (3, 7) and release("numpy") >= (2, 5):
-            pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.5'", returncode=2)
+    if NEEDS_OLDER_NUMPY:
+        pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.5'", returncode=2)
 
 import prepare_data  # noqa: E402
 
@@ -61,6 +63,14 @@ def fails(script, arguments, name):
         prepare_data.run(lambda: script.main(list(map(str, arguments))))
     assert stop.value.code == 2 and len(lines) == 1 and "\n" not in lines[0], lines
     assert re.search(name, lines[0]), lines[0]
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """A script sets how exact products in float32 are, for the whole process; other tests compare them."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")
