@@ -120,9 +120,9 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 5
+FORMAT = 6
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
-            data=dict, meta=dict, model=dict, optimizers=list, rows=list)
+            data=dict, meta=dict, model=dict, optimizers=dict, rows=list)
 
 
 def save_checkpoint(folder, model, optimizers, rows, **rest):
@@ -131,12 +131,13 @@ def save_checkpoint(folder, model, optimizers, rows, **rest):
     rows: the checksums of the files that save_rows has written, in the order of the processes; [] if there
     is no stored bank. checkpoint.pt is written last: so all files together are whole, or the old ones are.
     rest: step; losses of the steps since the last line of the log; flags of the run; identity of the data
-    set as `data`; its `meta`. Of the optimizers only their state is kept: rates follow from flags and step.
+    set as `data`; its `meta`. Of the optimizers only their states are kept, by the name of the parameter:
+    rates follow from flags and step.
     """
     apart = tuple(f"{bank}." for bank in stored_banks(model))
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(apart)}
-    states = [optimizer.state_dict()["state"] for optimizer in optimizers
-              if isinstance(optimizer, torch.optim.Optimizer)]  # that of StoredAdamW is with the rows
+    states = {name: optimizer.state[p] for name, p in model.named_parameters() for optimizer in optimizers
+              if isinstance(optimizer, torch.optim.Optimizer) and p in optimizer.state}
     write_checkpoint(folder / "checkpoint.pt", dict(
         format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, rows=rows, optimizers=states,
         **rest))
@@ -261,29 +262,30 @@ def restore(folder, model, optimizers=()):
                 raise
     step, names = state["step"], banks_of(model)
     with damage_named(path):
-        muon, adamw = state["optimizers"]
+        moments, trains = state["optimizers"], bool(optimizers)
         if stored and not files:
-            files = rows_in_checkpoint(state, names)
-            adamw = {i: adamw[i] for i in range(len(adamw) - len(names) * bool(step))}
+            files = {name: rows_in_checkpoint(state, f"{name}.weight") for name in names}
         for name in names:
             if name in stored:
                 load_stored(stored[name], files[name], step)
             elif files:
                 weight = model.get_submodule(name).weight
-                moments = [torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2 * bool(optimizers))]
-                load_plain(weight.data, files[name], step, moments=moments)
-                if moments and step:
-                    adamw[len(adamw)] = dict(step=torch.tensor(float(step)), exp_avg=moments[0],
-                                             exp_avg_sq=moments[1])
+                m, v = (torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2)) if trains else (0, 0)
+                load_plain(weight.data, files[name], step, moments=(m, v) if trains else None)
+                if trains and step:
+                    moments[f"{name}.weight"] = dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
         weights = {name: tensor for name, tensor in state["model"].items()
                    if name not in {f"{bank}.weight" for bank in stored}}
         for name, tensor in model.state_dict().items():
             if name in weights:
                 check_tensor(weights[name], tensor, f"model.{name}")
         model.load_state_dict(weights, strict=False)  # check_config has looked at the names
-        for optimizer, saved in zip(optimizers, (muon, adamw), strict=False):
-            check_optimizer(optimizer, saved, step)
-            optimizer.load_state_dict(dict(state=saved, param_groups=optimizer.state_dict()["param_groups"]))
+        name_of = {p: name for name, p in model.named_parameters()}
+        other = moments.keys() - {*name_of.values(), *(f"{name}.weight" for name in names)}
+        require(not other, f"optimizers have other parameters: {sorted(map(str, other))}")
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                restore_optimizer(optimizer, moments, name_of, step)
     return step, state["losses"]
 
 
@@ -293,29 +295,18 @@ def check_archive(path):
 
 
 def banks_of(model):
-    """Names of the banks of a GPT, in the order in which AdamW has them: by their number of slots."""
-    banks = {name: module for name, module in model.named_modules()
-             if isinstance(module, (ValueBank, StoredBank)) and not name.endswith("working_set")}
-    return sorted(banks, key=lambda name: bank_shape(banks[name])[1])
+    """Names of the banks of a GPT."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, (ValueBank, StoredBank)) and not name.endswith("working_set")]
 
 
-def bank_shape(bank):
-    """(V, M, d)"""
-    return (bank.vocab_size, *bank.working_set.weight.shape[1:]) if isinstance(bank, StoredBank) \
-        else tuple(bank.weight.shape)
-
-
-def rows_in_checkpoint(state, names):
-    """As read_rows, of banks that are in checkpoint.pt itself. AdamW has them last."""
-    files, (_, adamw), step = {}, state["optimizers"], state["step"]
-    for i, name in enumerate(names):
-        p = state["model"][f"{name}.weight"]
-        moments = adamw[len(adamw) - len(names) + i] if step else {}
-        m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
-        last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
-        rows = torch.stack((p, m, v), dim=1)
-        files[name] = [(dict(rows=rows, last=last, c=torch.zeros(step + 1).double()), 0, 1)]
-    return files
+def rows_in_checkpoint(state, name):
+    """As read_rows, of the weight of a bank that is in checkpoint.pt itself."""
+    p, step = state["model"][name], state["step"]
+    moments = state["optimizers"][name] if step else {}
+    m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
+    last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
+    return [(dict(rows=torch.stack((p, m, v), dim=1), last=last, c=torch.zeros(step + 1).double()), 0, 1)]
 
 
 def read_rows(folder, state):
@@ -360,18 +351,22 @@ def check_tensor(tensor, expected, name):
     require(tensor.isfinite().all(), f"{name} has a number that is not finite")
 
 
-def check_optimizer(optimizer, saved, step):
-    """ValueError unless there is the whole state of each parameter; of none before the first step."""
+def restore_optimizer(optimizer, states, name_of, step):
+    """Fills an optimizer from states of parameters by name. ValueError unless there is the whole state of
+    each of its parameters; of none before the first step."""
+    names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
+    found = {i: states[name] for i, name in enumerate(names) if name in states}
+    require(len(found) == (len(names) if step else 0), "an optimizer misses parameters")
+    keys = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    require(sorted(saved) == list(range(len(parameters) if step else 0)), "an optimizer misses parameters")
-    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    for i, state in saved.items():
-        require(state.keys() == names, f"an optimizer has not the entries {names}")
-        for name, tensor in state.items():
-            expected = torch.tensor(0.0) if name == "step" else parameters[i]
-            check_tensor(tensor, expected, f"{name} of an optimizer")
+    for i, state in found.items():
+        require(type(state) is dict and state.keys() == keys, f"{names[i]} has not {', '.join(sorted(keys))}")
+        for key, tensor in state.items():
+            like = torch.tensor(0.0) if key == "step" else parameters[i]
+            check_tensor(tensor, like, f"{key} of {names[i]}")
         # AdamW counts in float32, which ends at 2²⁴.
-        require(state.get("step", step) == min(step, 1 << 24), "an optimizer has done other steps")
+        require(state.get("step", step) == min(step, 1 << 24), f"{names[i]} has done other steps")
+    optimizer.load_state_dict(dict(state=found, param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def newest_run(kind, parent=Path("out")):

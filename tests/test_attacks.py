@@ -118,7 +118,7 @@ def edit_tree(rng, tree):
 def weights(out_dir):
     """Hash of all bits of the model and the optimizers of a run, which are finite."""
     state, digest = torch.load(out_dir / "checkpoint.pt", weights_only=True), hashlib.sha256()
-    tensors = [t for o in state["optimizers"] for _, p in sorted(o.items()) for _, t in sorted(p.items())]
+    tensors = [t for _, moments in sorted(state["optimizers"].items()) for _, t in sorted(moments.items())]
     for tensor in [*state["model"].values(), *tensors]:
         assert tensor.isfinite().all()
         digest.update(tensor.numpy().tobytes())

@@ -58,9 +58,10 @@ def checkpoint(folder):
 
 def same(a, b):
     """Whether two checkpoints hold the same bits of model and optimizers."""
-    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
-        torch.equal(x[i][name], y[i][name])
-        for x, y in zip(a["optimizers"], b["optimizers"], strict=True) for i in x for name in x[i])
+    x, y = a["optimizers"], b["optimizers"]
+    return x.keys() == y.keys() and all(
+        torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
+        torch.equal(x[name][key], y[name][key]) for name in x for key in x[name])
 
 
 @pytest.fixture(scope="session")
@@ -363,7 +364,7 @@ def test_a_bank_in_bfloat16_is_saved_and_resumed(data_dir, tmp_path):
             train_gpt.main(command(data_dir, tmp_path / folder, *flags))
     whole, halves = (checkpoint(tmp_path / folder) for folder in ("whole", "halves"))
     assert whole["model"]["bank.weight"].dtype == torch.bfloat16
-    assert whole["optimizers"][1][2]["exp_avg_sq"].dtype == torch.bfloat16
+    assert whole["optimizers"]["bank.weight"]["exp_avg_sq"].dtype == torch.bfloat16
     assert halves["step"] == 4 and halves["model"]["bank.weight"].dtype == torch.bfloat16
     more = ["--resume", "--out_dir", tmp_path / "whole", "--max_steps", 6]
     fails(train_gpt, [*more, "--bank_dtype", "float32"], "bank_dtype float32.*bfloat16")
@@ -664,7 +665,7 @@ def change(path, **changes):
     torch.save(state, path)
 
 
-MOMENTUM = "momentum_buffer"
+MATRIX, BANK = "blocks.0.attention.w_q.weight", "bank.weight"
 
 
 def drop(dictionary, key):
@@ -701,14 +702,18 @@ def drop(dictionary, key):
     lambda path: change(path, flags=lambda f: {**f, "seq_len": 16}),
     lambda path: change(path, flags=lambda f: drop(f, "lr_scale")),
     lambda path: change(path, model=lambda m: {**m, "head.weight": m["head.weight"] * math.nan}),
-    lambda path: change(path, optimizers=lambda o: [{i: dict(x=s[MOMENTUM]) for i, s in o[0].items()}, o[1]]),
-    lambda path: change(path, optimizers=lambda o: [{i: {MOMENTUM: s[MOMENTUM].bfloat16()}
-                                                     for i, s in o[0].items()}, o[1]]),
-    lambda path: change(path, optimizers=lambda o: [o[0], {**o[1], 2: o[1][2] | {"exp_avg": torch.ones(1)}}]),
-    lambda path: change(path, optimizers=lambda o: o[:1]),
-    lambda path: change(path, optimizers=lambda o: [o[0], drop(o[1], 2)]),
-    lambda path: change(path, optimizers=lambda o: [o[0], {**o[1], 2: drop(o[1][2], "exp_avg")}]),
-    lambda path: change(path, optimizers=lambda o: [o[0], {**o[1], 2: {**o[1][2], "step": torch.ones(3)}}]),
+    lambda path: change(path, optimizers=lambda o: {**o, MATRIX: dict(x=o[MATRIX]["momentum_buffer"])}),
+    lambda path: change(path, optimizers=lambda o: {
+        **o, MATRIX: dict(momentum_buffer=o[MATRIX]["momentum_buffer"].bfloat16())}),
+    lambda path: change(path, optimizers=lambda o: {**o, BANK: o[BANK] | dict(exp_avg=torch.ones(1))}),
+    lambda path: change(path, optimizers=lambda o: drop(o, MATRIX)),
+    lambda path: change(path, optimizers=lambda o: drop(o, BANK)),
+    lambda path: change(path, optimizers=lambda o: {**o, BANK: drop(o[BANK], "exp_avg")}),
+    lambda path: change(path, optimizers=lambda o: {**o, BANK: o[BANK] | dict(step=torch.ones(3))}),
+    lambda path: change(path, optimizers=lambda o: {**o, BANK: o[BANK] | dict(step=torch.tensor(7.0))}),
+    lambda path: change(path, optimizers=lambda o: {**o, BANK: [1]}),
+    lambda path: change(path, optimizers=lambda o: {**o, "another.weight": o[BANK]}),
+    lambda path: change(path, optimizers=lambda o: list(o.values())),
 ])
 def test_a_damaged_checkpoint(damage, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
