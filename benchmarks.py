@@ -22,8 +22,9 @@ from lab import draw
 from move import GPT, GPTConfig, ValueBank, sample
 from move_store import StoredAdamW, borrow, copy_rows, empty_bank, host_memory, ids_of, prefetch, stored_banks
 from optimizers import make_optimizers
-from prepare_data import UserError, load_dataset, load_digits, split_images, state_of, write_file
-from run_folder import draw_curves, first_line, read_checkpoint
+from prepare_data import load_dataset, load_digits, split_images, state_of
+from run_folder import draw_curves, read_checkpoint
+from script import UserError, first_line, write_file
 from train_gpt import build, compile_parts, load_run, sum_gradients
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 import move_store
 from optimizers import fast_bfloat16
-from prepare_data import ArgumentParser, UserError
-from run_folder import first_line, newest_run, other_version, read_checkpoint
+from run_folder import newest_run, other_version, read_checkpoint
+from script import ArgumentParser, UserError, first_line
 
 EVERYWHERE = dict(data_dir="data", move_scale=1.0, memory="move", gate_value=None, attention="mha",
                   kv_rank=None, lr_scale=1.0, seed=0, dtype=None, kernels=None, bank_home="gpu", log_every=10,

@@ -49,8 +49,9 @@ from gates import draw_senses, read_senses, sense_distances, text_of, write_page
 from lab import FULL, Lab, average, compare, curves, differ, mean, noise, spread
 from move import GPT, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
-from prepare_data import ArgumentParser, make_folder, run, token_bytes
+from prepare_data import token_bytes
 from run_folder import newest_run, read_checkpoint
+from script import ArgumentParser, make_folder, run
 from train_gpt import TextWindows, load_run
 
 # ------------------------------------------------------------------------------------------ experiments

@@ -21,7 +21,8 @@ import torch
 from matplotlib.figure import Figure
 
 from move import ValueMixer, mix_values
-from prepare_data import UserError, pieces, tiktoken_errors, write_file
+from prepare_data import pieces, tiktoken_errors
+from script import UserError, write_file
 
 
 def find_mixers(model):

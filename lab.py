@@ -22,8 +22,9 @@ from matplotlib.ticker import EngFormatter, LogLocator
 from command_line import Machine, resolve_flags
 from move import GPT, GPTConfig
 from optimizers import fast_bfloat16, make_optimizers
-from prepare_data import UserError, load_dataset, make_folder, write_file
+from prepare_data import load_dataset
 from run_folder import read_log
+from script import UserError, make_folder, write_file
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text
 
 FULL = dict(depth=8, seeds=3, steps=600, seq_len=1024, batch_tokens=65536, eval_tokens=1 << 20, evaluations=8)

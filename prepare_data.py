@@ -30,7 +30,6 @@ import json
 import lzma
 import os
 import re
-import secrets
 import shutil
 import signal
 import sys
@@ -51,6 +50,8 @@ import requests
 import rustbpe
 import tiktoken
 from tqdm import tqdm
+
+from script import ArgumentParser, UserError, check_form, make_folder, run, write_file
 
 try:
     import fcntl
@@ -79,66 +80,6 @@ IMAGENET_CODES = "https://huggingface.co/yucornetto/RAR/resolve/main/maskgitvq.j
 MASKGIT_VQGAN = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"
 
 
-# ------------------------------------------------------------------------------- errors and flags
-
-
-class UserError(Exception):
-    """An error that the user can fix: one line that says what was wrong, what was expected, what to do."""
-
-
-@contextlib.contextmanager
-def memory_advice(advice):
-    """Turns running out of memory into a UserError that ends with advice(), a text."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        said = str(error).lower()  # the CPU, CUDA's libraries and MPS have no exception of their own for it
-        if not isinstance(error, MemoryError) and not any(
-                words in said for words in ("out of memory", "allocate memory", "alloc_failed", "bad_alloc")):
-            raise
-        raise UserError(f"out of memory; {advice()}") from None
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, whose complaints are one line too."""
-
-    def parse_args(self, *args):
-        result = super().parse_args(*args)
-        for name, value in vars(result).items():
-            if value == []:  # what Python before 3.13 makes of --name=--
-                self.error(f"--{name} has no value")
-        return result
-
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def run(main, advice="close other programs"):
-    """Runs a script: errors of the user or of the machine end it with one line and exit code 2, Ctrl-C and
-    SIGTERM with exit code 130. advice: what to do if memory runs out, where main does not know better."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM as Ctrl-C: temporary files are removed
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
-    code = 0
-    try:
-        with memory_advice(lambda: advice):
-            main()
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        code = 130
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's, which Gloo's threads may abort at its end
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
-
-
 # ---------------------------------------------------------------------------------- files and folders
 
 
@@ -151,30 +92,6 @@ def hash_of(path, kind="sha256"):
     return digest.hexdigest()
 
 
-def write_file(path, write):
-    """write(file) to a fresh name in the same folder, then renames: the file is always whole, the old one
-    or the new. OSError names the file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        # torch.save hides that the disk is full behind an error of its own.
-        cause = error
-        while cause and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None or cause.errno is None:
-            raise
-        raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
-
-
 def lock_folder(folder):
     """Locks a folder for this process, until the number that it gives is closed; None if another has it."""
     if fcntl:
@@ -184,14 +101,6 @@ def lock_folder(folder):
             return number
         except OSError:  # another process works in it; or the file system has no locks
             os.close(number)
-
-
-def make_folder(folder, flag):
-    """Makes a folder and those above it. UserError if a file is in the way; flag: which one names another."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} cannot be a folder, a file is in the way; give another {flag}") from None
 
 
 @contextlib.contextmanager
@@ -263,42 +172,6 @@ FORM_OF_KIND = {
     "image": {"decoder": ("codebook", "maskgit", None), "n_codes": range(1, 1 << 31), "classes": [str],
               "grid": [range(1, 1 << 16)]},
 }
-
-
-def check_form(value, form, name):
-    """ValueError, with the name of the field, unless the value has the form: a range of whole numbers, a
-    tuple of choices, a pattern of a text, a type, a list of values of one form, or a dict, whose keys are
-    names or one pattern that all names match."""
-    def wrong(expected):
-        text = repr(value)
-        return ValueError(f"{name} is {text[:60]}{'…' * (len(text) > 60)}, expected {expected}")
-
-    if isinstance(form, dict):
-        if type(value) is not dict:
-            raise wrong("names and values")
-        for key, part in form.items():
-            for each in [key] if isinstance(key, str) else value:
-                if each not in value:
-                    raise ValueError(f"{name + '.' if name else ''}{each} is missing")
-                if each is not key and not key.fullmatch(each):
-                    raise ValueError(f"{name} has {each!r}, which is no plain name of a file")
-                check_form(value[each], part, f"{name}.{each}".lstrip("."))
-    elif isinstance(form, list):
-        if type(value) is not list or not value:
-            raise wrong("a list")
-        for each in value:
-            check_form(each, form[0], name)
-    elif isinstance(form, range):
-        if type(value) is not int or value not in form:
-            raise wrong(f"{form[0]} to {form[-1]}" if len(form) > 1 else form[0])
-    elif isinstance(form, tuple):
-        if value not in form:
-            raise wrong(f"one of {form}")
-    elif isinstance(form, re.Pattern):
-        if type(value) is not str or not form.fullmatch(value):
-            raise wrong(form.pattern)
-    elif not isinstance(value, form):
-        raise wrong(f"a {form.__name__}")
 
 
 def decoder_files(meta):

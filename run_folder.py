@@ -37,7 +37,8 @@ from move_store import (
     stored_banks,
 )
 from optimizers import Muon
-from prepare_data import UserError, check_form, check_meta, decoder_files, identity, make_folder, write_file
+from prepare_data import check_meta, decoder_files, identity
+from script import UserError, check_form, first_line, make_folder, write_file
 
 # ------------------------------------------------------------------------------ the folder and its lock
 
@@ -176,10 +177,6 @@ def checksum(path):
     with zipfile.ZipFile(path) as archive:
         parts = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
-
-
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

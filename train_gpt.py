@@ -42,16 +42,7 @@ from command_line import (
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 from move_store import StoredBank, borrow, empty_bank, prefetch, rows_are_finite, stored_banks
 from optimizers import bank_use, make_optimizers, schedule, set_learning_rates
-from prepare_data import (
-    UserError,
-    load_dataset,
-    load_tokenizer,
-    memory_advice,
-    prepare_python,
-    prepare_shakespeare,
-    run,
-    token_bytes,
-)
+from prepare_data import load_dataset, load_tokenizer, prepare_python, prepare_shakespeare, token_bytes
 from run_folder import (
     Log,
     copy_decoder,
@@ -61,6 +52,7 @@ from run_folder import (
     save_rows,
     update_curves,
 )
+from script import UserError, memory_advice, run
 
 # Defaults follow the device: a D12 on a GPU; on other devices what two cores train in three minutes.
 # micro_batch is the largest that is tried.

@@ -34,7 +34,8 @@ from command_line import (
     training_parser,
 )
 from move import sample
-from prepare_data import UserError, image_code, memory_advice, prepare_digits, run, write_file
+from prepare_data import image_code, prepare_digits
+from script import UserError, memory_advice, run, write_file
 from train_gpt import check_batch, load, load_model, start_model, train
 
 # LlamaGen's models (arXiv 2406.06525): layers, width, heads.

@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
         pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.5'", returncode=2)
 
 import prepare_data  # noqa: E402
+from script import run  # noqa: E402
 
 HERE = Path(__file__).resolve().parent.parent
 TINY = ("--device cpu --dtype float32 --depth 2 --seq_len 32 --micro_batch 4 --batch_tokens 256 "
@@ -60,7 +61,7 @@ def fails(script, arguments, name):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr("builtins.print", capture)
-        prepare_data.run(lambda: script.main(list(map(str, arguments))))
+        run(lambda: script.main(list(map(str, arguments))))
     assert stop.value.code == 2 and len(lines) == 1 and "\n" not in lines[0], lines
     assert re.search(name, lines[0]), lines[0]
 

@@ -22,6 +22,7 @@ import image_data
 import prepare_data
 import train_gpt
 import train_image
+from script import run
 
 ATTACKS, SEED = int(os.environ.get("ATTACKS", 400)), os.environ.get("ATTACK_SEED", "0")
 SCRIPTS = dict(text=train_gpt, image=train_image)
@@ -46,7 +47,7 @@ def ends_well(main, *arguments, seconds=20):
     signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            prepare_data.run(lambda: main(list(map(str, arguments))))
+            run(lambda: main(list(map(str, arguments))))
     except SystemExit as stop:
         code = stop.code
     finally:

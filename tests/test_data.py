@@ -19,7 +19,8 @@ import torch
 from conftest import HERE, fails
 
 import prepare_data
-from prepare_data import SEPARATOR, UserError
+from prepare_data import SEPARATOR
+from script import UserError, run, write_file
 
 
 def documents_of(folder):
@@ -522,17 +523,17 @@ def test_what_decides_the_meaning_of_a_token_is_part_of_the_identity(data_dir):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     for name in ("x.tmp", "x.png", ".x.png", "x"):
         (tmp_path / name).write_bytes(b"of somebody")
-    prepare_data.write_file(tmp_path / "x.png", lambda file: file.write(b"new"))
-    prepare_data.write_file(tmp_path / "y.tmp", lambda file: file.write(b"new"))
+    write_file(tmp_path / "x.png", lambda file: file.write(b"new"))
+    write_file(tmp_path / "y.tmp", lambda file: file.write(b"new"))
     (tmp_path / "link").symlink_to(tmp_path / "x")
-    prepare_data.write_file(tmp_path / "link", lambda file: file.write(b"new"))
+    write_file(tmp_path / "link", lambda file: file.write(b"new"))
 
     def broken(file):
         file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_data.write_file(tmp_path / "x.png", broken)
+        write_file(tmp_path / "x.png", broken)
     content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert content == {**dict.fromkeys(["x.tmp", "x", ".x.png"], b"of somebody"),
                        **dict.fromkeys(["x.png", "y.tmp", "link"], b"new")}
@@ -550,7 +551,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
 
     for write in (full, full_for_torch):
         with pytest.raises(OSError, match="No space left.*x.bin"):
-            prepare_data.write_file(tmp_path / "x.bin", write)
+            write_file(tmp_path / "x.bin", write)
     with pytest.raises(OSError, match="No space left.*new"):
         with prepare_data.new_folder(tmp_path / "new") as folder:
             full(folder)
@@ -640,7 +641,7 @@ def test_errors_end_a_script_with_one_line(error, code, words, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        prepare_data.run(main, "buy more")
+        run(main, "buy more")
     output = capsys.readouterr().err
     assert stop.value.code == code and words in output and output.count("\n") == 1
 

@@ -21,7 +21,8 @@ import lab
 import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 from optimizers import bank_use, make_optimizers
-from prepare_data import UserError, load_dataset
+from prepare_data import load_dataset
+from script import UserError
 
 TOY = dict(depth=2, seeds=1, steps=2, seq_len=32, batch_tokens=64, eval_tokens=64, evaluations=2)
 

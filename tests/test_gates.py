@@ -12,7 +12,8 @@ from PIL import Image
 
 import gates
 from move import GPT, GPTConfig, ValueMixer
-from prepare_data import UserError, make_encoding
+from prepare_data import make_encoding
+from script import UserError
 
 CONFIGS = dict(mha=dict(n_slots=3), mla=dict(n_slots=3, attention="mla"), lave=dict(n_slots=1, memory="lave"),
                uneven=dict(n_slots=3, memory="lave"))

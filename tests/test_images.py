@@ -27,7 +27,7 @@ import run_folder
 import train_gpt
 import train_image
 from move import GPT
-from prepare_data import UserError
+from script import UserError, memory_advice
 
 
 def random_images(*shape, seed=0):
@@ -932,7 +932,7 @@ def test_out_of_memory_says_what_to_lower(digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "forward", forward)
     fails(train_image, command(digits_dir, tmp_path / "run"), "memory.*--micro_batch 32")
     for error in (RuntimeError("std::bad_alloc"), MemoryError()):
-        with pytest.raises(UserError, match="memory.*--save_npz 7"), prepare_data.memory_advice(
+        with pytest.raises(UserError, match="memory.*--save_npz 7"), memory_advice(
                 lambda: command_line.how_to_save_memory(argparse.Namespace(save_npz=7, device="cpu"))):
             raise error
 

@@ -31,6 +31,7 @@ import run_folder
 import train_gpt
 from move import GPT, GPTConfig
 from optimizers import Muon, make_optimizers, orthogonalize, schedule
+from script import UserError
 
 KINDS = list(itertools.product(["mha", "mla"], ["none", "lave", "move"]))
 all_kinds = pytest.mark.parametrize("attention, memory", KINDS)
@@ -187,7 +188,7 @@ def test_a_machine_without_a_compiler_trains_without_it(what, data_dir, tmp_path
         rows = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
         assert move_store.kernels_for(rows) is None
         args.kernels = True
-        with pytest.raises(prepare_data.UserError):
+        with pytest.raises(UserError):
             command_line.resolve_kernels(args)
     command_line.resolve_kernels(argparse.Namespace(device="cpu", dtype="float32", kernels=None))
     assert move_store.KERNELS
@@ -733,7 +734,7 @@ def test_a_checkpoint_of_another_version(other, finished, tmp_path):
     """It is not called damaged, and nobody is told to remove it."""
     shutil.copytree(finished, tmp_path / "run")
     other(tmp_path / "run" / "checkpoint.pt")
-    with pytest.raises(prepare_data.UserError, match="checkpoint.pt.* version") as error:
+    with pytest.raises(UserError, match="checkpoint.pt.* version") as error:
         train_gpt.main(["--out_dir", str(tmp_path / "run"), "--resume", "--max_steps", "30"])
     assert "damaged" not in str(error.value) and "remove" not in str(error.value)
 
