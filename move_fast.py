@@ -843,47 +843,48 @@ def row_in_slot(near, slots, i, at, width):
 
 
 @triton.jit
-def read_rows_kernel(out, near, slots, c, numbers, width, BLOCK: tl.constexpr):
+def read_rows_kernel(out, near, slots, c, constants, width, BLOCK: tl.constexpr):
     i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, p, m, v = row_in_slot(near, slots, i, at, width)
-    p -= tl.load(c + i) * m / (tl.sqrt(v) + tl.load(numbers + 4))
+    p -= tl.load(c + i) * m / (tl.sqrt(v) + tl.load(constants + 4))
     tl.store(out + i * width + at, p, at < width)
 
 
 @triton.jit
-def update_rows_kernel(near, slots, c, left, g, sources, n_sources, numbers, n, width, BLOCK: tl.constexpr):
+def update_rows_kernel(near, slots, c, decay, g, sources, n_sources, constants, n, width,
+                       BLOCK: tl.constexpr):
     i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, p, m, v = row_in_slot(near, slots, i, at, width)
     d = tl.zeros([BLOCK], tl.float32)
     for q in range(n_sources):
         source = tl.load(sources + q * n + i)
         d += tl.load(g + source * width + at, at < tl.where(source < 0, 0, width), 0).to(tl.float32)
-    eps = tl.load(numbers + 4)
+    eps = tl.load(constants + 4)
     p -= tl.load(c + i) * m / (tl.sqrt(v) + eps)
-    m = tl.load(left + i) * m + tl.load(numbers) * d
-    v = tl.load(left + n + i) * v + tl.load(numbers + 1) * d * d
-    p -= tl.load(numbers + 2) * m / (tl.sqrt(v / tl.load(numbers + 3)) + eps)
+    m = tl.load(decay + i) * m + tl.load(constants) * d
+    v = tl.load(decay + n + i) * v + tl.load(constants + 1) * d * d
+    p -= tl.load(constants + 2) * m / (tl.sqrt(v / tl.load(constants + 3)) + eps)
     tl.store(row, p, at < width)
     tl.store(row + width, m, at < width)
     tl.store(row + 2 * width, v, at < width)
 
 
-def read_rows(out, near, slots, c, numbers):
+def read_rows(out, near, slots, c, constants):
     """move_store.read_rows, in one pass."""
     if n := len(slots):
         width = near[0, 0].numel()
         with torch.cuda.device_of(near):
-            read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), numbers, width,
+            read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), constants, width,
                                                           BLOCK=1024)
 
 
-def update_rows(near, slots, c, left, g, sources, numbers):
+def update_rows(near, slots, c, decay, g, sources, constants):
     """move_store.update_rows, in one pass."""
     if n := len(slots):
         width = near[0, 0].numel()
         with torch.cuda.device_of(near):
-            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), left.float(), g, sources,
-                                                            len(sources), numbers, n, width, BLOCK=1024)
+            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), decay.float(), g, sources,
+                                                            len(sources), constants, n, width, BLOCK=1024)
 
 
 # ----------------------------------------------------------------------------- the loss, generation

@@ -66,31 +66,31 @@ def current(rows, c, eps):
     return p - c.to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
 
 
-def read_rows(out, near, slots, c, numbers):
-    """Those in these slots of near, as they are now, into out (n, M, d). numbers: see Steps."""
+def read_rows(out, near, slots, c, constants):
+    """Those in these slots of near, as they are now, into out (n, M, d). constants: see Steps."""
     if kernels := kernels_for(near):
-        return kernels.read_rows(out, near, slots, c, numbers)
+        return kernels.read_rows(out, near, slots, c, constants)
     for part in chunks(len(out), out.shape[1:]):
-        out[part] = current(near[slots[part]].to(numbers.dtype), c[part], numbers[-1])
+        out[part] = current(near[slots[part]].to(constants.dtype), c[part], constants[-1])
 
 
-def update_rows(near, slots, c, left, g, sources, numbers):
-    """A step of AdamW for the rows in n slots of near, in place. left (2, n): what is left of each moment,
+def update_rows(near, slots, c, decay, g, sources, constants):
+    """A step of AdamW for the rows in n slots of near, in place. decay (2, n): what is left of each moment,
     since they may have missed some steps. The gradient of a row is the sum of rows of g (·, M, d), those with
     its indices in sources (N, n), in this order, without those that are -1."""
     if kernels := kernels_for(near):
-        return kernels.update_rows(near, slots, c, left, g, sources, numbers)
-    gain_m, gain_v, rate, correction, eps = numbers.unbind()
+        return kernels.update_rows(near, slots, c, decay, g, sources, constants)
+    gain_m, gain_v, rate, correction, eps = constants.unbind()
     for part in chunks(len(slots), g.shape[1:]):
-        rows = near[slots[part]].to(numbers.dtype)
+        rows = near[slots[part]].to(constants.dtype)
         p, (_, m, v) = current(rows, c[part], eps), rows.unbind(1)
         total = torch.zeros_like(p)
         for source in sources[:, part]:
             there = (source >= 0).view(-1, 1, 1)
             total += torch.where(there, g[source.clamp(min=0)].to(total.dtype), 0)
-        left_m, left_v = left[:, part].to(p.dtype).view(2, -1, 1, 1)
-        m = left_m * m + gain_m * total
-        v = left_v * v + gain_v * total * total
+        decay_m, decay_v = decay[:, part].to(p.dtype).view(2, -1, 1, 1)
+        m = decay_m * m + gain_m * total
+        v = decay_v * v + gain_v * total * total
         p = p - rate * m / ((v / correction).sqrt() + eps)
         near[slots[part]] = torch.stack((p, m, v), dim=1).to(near.dtype)
 
@@ -127,11 +127,11 @@ class Steps:
             raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}")
         self.betas, self.eps = betas, eps
 
-    def numbers(self, lr):
+    def constants(self, lr):
         """What the next step needs: 1 - β1, 1 - β2, lr/(1 - β1^t), 1 - β2^t and eps."""
         (beta1, beta2), t = self.betas, self.t + 1
-        numbers = 1 - beta1, 1 - beta2, lr / (1 - beta1 ** t), 1 - beta2 ** t, self.eps
-        return to_device(torch.tensor(numbers, dtype=self.dtype).numpy(), self.c.device)
+        constants = 1 - beta1, 1 - beta2, lr / (1 - beta1 ** t), 1 - beta2 ** t, self.eps
+        return to_device(torch.tensor(constants, dtype=self.dtype).numpy(), self.c.device)
 
     def count(self, lr):
         """One step more: all rows fall back by it, but those that it updates."""
@@ -283,8 +283,8 @@ class Share(NamedTuple):
     """Who reads which rows in a step; NumPy arrays."""
     ids: np.ndarray  # (n,) that this process reads
     order: np.ndarray  # (n,) their indices, sorted by the process that owns them
-    given: np.ndarray  # (N,) how many this process gets of each
-    asked: np.ndarray  # (N,) how many each gets of this one
+    received: np.ndarray  # (N,) how many rows this process gets of each
+    sent: np.ndarray  # (N,) how many rows each gets of this one
     rows: np.ndarray  # (m,) the different ones of this process's rows that are asked for
     at: np.ndarray  # which of these, for each row that is asked for, process by process
     sources: np.ndarray  # (N, m) the other way: where process q asks for row i; -1 if it does not
@@ -314,8 +314,8 @@ class StoredBank(nn.Module):
         self.register_buffer("place", torch.ones(vocab_size, dtype=torch.int64, device=device),
                              persistent=False)  # of an id in the working set; its length for those not there
         self.vocab_size, self.steps = vocab_size, Steps(dtype, device)
-        self.now = None  # what is borrowed: its Share, the rows of this process among it, their slots
-        self.coming = None  # the Share of the next read, if prefetch said which
+        self.borrowed = None  # what is borrowed: its Share, the rows of this process among it, their slots
+        self.prefetched = None  # the Share of the next read, if prefetch said which
         shape = len(range(self.rank, vocab_size, self.n)), 3, n_slots, dim
         self.rows = (DeviceRows if home == "gpu" else HostRows)(shape, dtype, device)
         self.reset_parameters()
@@ -336,7 +336,7 @@ class StoredBank(nn.Module):
     def forward(self, idx):
         if self.n == 1 and not self.training and not torch.is_grad_enabled():
             self.read(np.unique(idx.cpu().numpy()))
-        if self.now is None:
+        if self.borrowed is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the forward pass")
         return self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
 
@@ -345,33 +345,33 @@ class StoredBank(nn.Module):
     def read(self, ids):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
         as they are after the last update, without a gradient. RuntimeError if one waits for its update."""
-        if self.now is not None and self.working_set.weight.grad is not None:
+        if self.borrowed is not None and self.working_set.weight.grad is not None:
             raise RuntimeError("a gradient of the rows that are borrowed waits: call the optimizer's step or "
                                "model.zero_grad() before other rows are read")
-        self.now = self.working_set.weight.grad = None  # of other ids
-        share, device = self.coming, self.place.device
+        self.borrowed = self.working_set.weight.grad = None  # of other ids
+        share, device = self.prefetched, self.place.device
         same = torch.tensor(int(share is not None and np.array_equal(ids, share.ids)))
         if self.n > 1:  # all processes do the same
             dist.all_reduce(same, dist.ReduceOp.MIN)
         if same:
-            self.coming = None
+            self.prefetched = None
         else:
             share = self.share(ids)
         held, at = to_device(share.rows, device), to_device(share.at, device)
         slots, c = self.rows.hold(share.rows), self.steps.c[self.rows.last[held]]
         out = self.room(len(ids))
-        sent = out if self.n == 1 else out.new_empty(len(at), *out.shape[1:])
-        read_rows(sent, self.rows.near, slots[at], c[at], self.steps.numbers(0))
-        exchange(sent, share.asked, share.given, out)
+        rows = out if self.n == 1 else out.new_empty(len(at), *out.shape[1:])
+        read_rows(rows, self.rows.near, slots[at], c[at], self.steps.constants(0))
+        exchange(rows, share.sent, share.received, out)
         self.place.fill_(len(self.working_set.weight))  # an id that was not read has no place
         self.place[to_device(ids[share.order], device)] = torch.arange(len(ids), device=device)
-        self.now = share, held, slots
+        self.borrowed = share, held, slots
 
     def prefetch(self, ids):
         """Says which ids the next `read` will have, while the GPU works on this step. All processes call it,
         or none."""
-        self.coming = self.share(ids)
-        self.rows.prefetch(self.coming.rows)
+        self.prefetched = self.share(ids)
+        self.rows.prefetch(self.prefetched.rows)
 
     def share(self, ids):
         """Who reads which rows: see Share."""
@@ -379,13 +379,13 @@ class StoredBank(nn.Module):
             raise IndexError(f"ids from {ids[0]} to {ids[-1]} are not all in a bank of {self.vocab_size}")
         owner = ids % self.n
         order = np.argsort(owner, kind="stable")
-        given, one = np.bincount(owner, minlength=self.n), np.ones(self.n, dtype=np.int64)
-        asked = exchange(torch.from_numpy(given), one, one).numpy()
-        rows = exchange(torch.from_numpy(ids[order] // self.n), given, asked).numpy()
+        received, one = np.bincount(owner, minlength=self.n), np.ones(self.n, dtype=np.int64)
+        sent = exchange(torch.from_numpy(received), one, one).numpy()
+        rows = exchange(torch.from_numpy(ids[order] // self.n), received, sent).numpy()
         rows, at = np.unique(rows, return_inverse=True)
         sources = np.full((self.n, len(rows)), -1)
-        sources[np.repeat(np.arange(self.n), asked), at] = np.arange(len(at))
-        return Share(ids, order, given, asked, rows, at, sources)
+        sources[np.repeat(np.arange(self.n), sent), at] = np.arange(len(at))
+        return Share(ids, order, received, sent, rows, at, sources)
 
     def room(self, n):
         """The first n rows of the working set, which grows if it is too small."""
@@ -401,17 +401,17 @@ class StoredBank(nn.Module):
     def update(self, lr):
         """A step of AdamW for the rows that were read, by the gradient of the working set. After it they must
         be read again."""
-        if self.now is None:
+        if self.borrowed is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the step")
-        (share, held, slots), weight, steps = self.now, self.working_set.weight, self.steps
+        (share, held, slots), weight, steps = self.borrowed, self.working_set.weight, self.steps
         n, last = len(share.ids), self.rows.last[held]
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
-        left = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
-        update_rows(self.rows.near, slots, steps.c[last], left, exchange(g, share.given, share.asked),
-                    to_device(share.sources, held.device), steps.numbers(lr))
+        decay = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
+        update_rows(self.rows.near, slots, steps.c[last], decay, exchange(g, share.received, share.sent),
+                    to_device(share.sources, held.device), steps.constants(lr))
         steps.count(lr)
         self.rows.last.index_fill_(0, held, steps.t)  # [held] = t would wait for the GPU
-        self.now = None
+        self.borrowed = None
 
 
 def exchange(sent, sent_counts, received_counts, received=None):
@@ -514,7 +514,7 @@ def pieces(files):
 
 def load_stored(bank, files, step):
     """Fills a StoredBank from all the files of a checkpoint: see pieces."""
-    bank.now = None
+    bank.borrowed = None
     for ids, rows, last in pieces(files):
         mine = ids % bank.n == bank.rank
         bank.rows.put((ids[mine] // bank.n).to(bank.place.device), rows[mine], last[mine])
