@@ -416,9 +416,10 @@ def compare_homes(scale, args, machine, series, say):
             gc.collect()
             torch.cuda.empty_cache()
     before = {variant: variant.rows_moved() for variant in homes}
+    rng = np.random.default_rng(0)  # the same order in each process, another in each round: see overhead
     for _ in range(args.rounds):
-        for variant in homes:
-            variant.seconds.append(variant.steps(series))
+        for i in rng.permutation(len(homes)):
+            homes[i].seconds.append(homes[i].steps(series))
     parameters = args.vocab_size * config.n_slots * config.memory_dim
     tokens = machine.world_size * args.tokens * MICRO_BATCHES
     for variant in homes:

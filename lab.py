@@ -23,7 +23,7 @@ from command_line import Machine, resolve_flags
 from move import GPT, GPTConfig
 from optimizers import fast_bfloat16, make_optimizers
 from prepare_data import load_dataset
-from run_folder import read_log
+from run_folder import read_checkpoint, read_log
 from script import UserError, make_folder, write_file
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text
 
@@ -201,9 +201,13 @@ def is_done(run, folder):
     """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
     path, last = folder / run.name, [run.flags["max_steps"]]
     settings = folder / f"{run.name}.json"
-    if not settings.exists() or not settings.read_text().startswith(settings_of(run) + "\n") or (
-            run.keep and not (path / "checkpoint.pt").exists()):
+    if not settings.exists() or not settings.read_text().startswith(settings_of(run) + "\n"):
         return False
+    if run.keep:
+        try:
+            read_checkpoint(path)
+        except UserError:  # there is none, or one of another version
+            return False
     looked = run.look is None or [look["step"] for look in looks_of(run, folder)][-1:] == last
     return looked and read_log(path, "val_bits_per_byte")[0][-1:] == last
 

@@ -124,6 +124,7 @@ class Log:
 FORMAT = 6
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
             data=dict, meta=dict, model=dict, optimizers=dict, rows=list)
+MUON, ADAMW = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}  # the states of a parameter
 
 
 def save_checkpoint(folder, model, optimizers, rows, **rest):
@@ -138,7 +139,8 @@ def save_checkpoint(folder, model, optimizers, rows, **rest):
     apart = tuple(f"{bank}." for bank in stored_banks(model))
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(apart)}
     states = {name: optimizer.state[p] for name, p in model.named_parameters() for optimizer in optimizers
-              if isinstance(optimizer, torch.optim.Optimizer) and p in optimizer.state}
+              if isinstance(optimizer, torch.optim.Optimizer)  # what StoredAdamW has is with the rows
+              and p in optimizer.state}
     write_checkpoint(folder / "checkpoint.pt", dict(
         format=FORMAT, config=dataclasses.asdict(model.config), model=tensors, rows=rows, optimizers=states,
         **rest))
@@ -217,6 +219,7 @@ def read_checkpoint(folder, mmap=True):
         require(all(type(flag) is str for flag in state["flags"]), "flags have no names")
         require(all(type(number) is int for number in state["rows"]), "rows are no checksums")
         check_config(state["config"], state["model"], bool(state["rows"]))
+        require(state["optimizers"].keys() <= state["model"].keys(), "optimizers have other parameters")
         meta, config = check_meta(state["meta"]), state["config"]
         fits = identity(meta) == state["data"] and 0 <= config["vocab_size"] - meta["vocab_size"] < 64 and (
             meta["kind"] == "text" or config["seq_len"] == math.prod(meta["grid"]))
@@ -278,10 +281,8 @@ def restore(folder, model, optimizers=()):
                 check_tensor(weights[name], tensor, f"model.{name}")
         model.load_state_dict(weights, strict=False)  # check_config has looked at the names
         name_of = {p: name for name, p in model.named_parameters()}
-        other = moments.keys() - {*name_of.values(), *(f"{name}.weight" for name in names)}
-        require(not other, f"optimizers have other parameters: {sorted(map(str, other))}")
         for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
+            if isinstance(optimizer, torch.optim.Optimizer):  # StoredAdamW has its moments with the rows
                 restore_optimizer(optimizer, moments, name_of, step)
     return step, state["losses"]
 
@@ -299,9 +300,10 @@ def banks_of(model):
 
 def rows_in_checkpoint(state, name):
     """As read_rows, of the weight of a bank that is in checkpoint.pt itself."""
-    p, step = state["model"][name], state["step"]
-    moments = state["optimizers"][name] if step else {}
-    m, v = (moments.get(key, torch.zeros_like(p)) for key in ("exp_avg", "exp_avg_sq"))
+    p, step, moments = state["model"][name], state["step"], state["optimizers"].get(name)
+    if step:
+        check_moments(moments, ADAMW, p, step, name)
+    m, v = (moments[key] if step else torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq"))
     last = v.flatten(1).any(1) * step  # a row that was never in a batch has no moments to fade
     return [(dict(rows=torch.stack((p, m, v), dim=1), last=last, c=torch.zeros(step + 1).double()), 0, 1)]
 
@@ -348,21 +350,25 @@ def check_tensor(tensor, expected, name):
     require(tensor.isfinite().all(), f"{name} has a number that is not finite")
 
 
+def check_moments(state, keys, p, step, name):
+    """ValueError unless this is an optimizer's whole state of a parameter like p after `step` steps."""
+    require(type(state) is dict and state.keys() == keys, f"{name} has not {', '.join(sorted(keys))}")
+    for key, tensor in state.items():
+        check_tensor(tensor, torch.tensor(0.0) if key == "step" else p, f"{key} of {name}")
+    # AdamW counts in float32, which ends at 2²⁴.
+    require(state.get("step", step) == min(step, 1 << 24), f"{name} has done other steps")
+
+
 def restore_optimizer(optimizer, states, name_of, step):
     """Fills an optimizer from states of parameters by name. ValueError unless there is the whole state of
-    each of its parameters; of none before the first step."""
-    names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
-    found = {i: states[name] for i, name in enumerate(names) if name in states}
-    require(len(found) == (len(names) if step else 0), "an optimizer misses parameters")
-    keys = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, state in found.items():
-        require(type(state) is dict and state.keys() == keys, f"{names[i]} has not {', '.join(sorted(keys))}")
-        for key, tensor in state.items():
-            like = torch.tensor(0.0) if key == "step" else parameters[i]
-            check_tensor(tensor, like, f"{key} of {names[i]}")
-        # AdamW counts in float32, which ends at 2²⁴.
-        require(state.get("step", step) == min(step, 1 << 24), f"{names[i]} has done other steps")
+    each parameter that learns; of none before the first step."""
+    found = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        name = name_of[p]
+        require((name in states) == bool(step) or not p.requires_grad, f"{name} has done other steps")
+        if name in states:
+            check_moments(states[name], MUON if isinstance(optimizer, Muon) else ADAMW, p, step, name)
+            found[i] = states[name]
     optimizer.load_state_dict(dict(state=found, param_groups=optimizer.state_dict()["param_groups"]))
 
 

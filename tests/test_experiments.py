@@ -18,6 +18,7 @@ from PIL import Image
 import benchmarks
 import experiments
 import lab
+import run_folder
 import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
 from optimizers import bank_use, make_optimizers
@@ -197,6 +198,12 @@ def test_results_of_another_data_set_are_not_taken(toy, data_dir, tmp_path, monk
     again = dataclasses.replace(other, flags={**other.flags, "seed": 1})
     assert lab.train_run(other, tmp_path / "runs") is None and lab.train_run(again, tmp_path / "runs") is None
     assert lab.is_done(other, tmp_path / "runs") and lab.is_done(again, tmp_path / "runs")
+    kept = dataclasses.replace(run, keep=True)
+    assert not lab.is_done(kept, tmp_path / "runs")  # its checkpoint is gone
+    assert lab.train_run(kept, tmp_path / "runs") is None and lab.is_done(kept, tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "FORMAT", 10**6)  # another version of the program
+        assert not lab.is_done(kept, tmp_path / "runs") and lab.is_done(run, tmp_path / "runs")
     run.flags["seq_len"] = 16
     assert not lab.is_done(run, tmp_path / "runs")
     run.flags["seq_len"] = TOY["seq_len"]

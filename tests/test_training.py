@@ -714,6 +714,7 @@ def drop(dictionary, key):
     lambda path: change(path, optimizers=lambda o: {**o, BANK: o[BANK] | dict(step=torch.tensor(7.0))}),
     lambda path: change(path, optimizers=lambda o: {**o, BANK: [1]}),
     lambda path: change(path, optimizers=lambda o: {**o, "another.weight": o[BANK]}),
+    lambda path: change(path, optimizers=lambda o: {**o, "bank.working_set.weight": [3]}),
     lambda path: change(path, optimizers=lambda o: list(o.values())),
 ])
 def test_a_damaged_checkpoint(damage, finished, tmp_path):
@@ -723,6 +724,36 @@ def test_a_damaged_checkpoint(damage, finished, tmp_path):
     before = path.read_bytes()
     fails(train_gpt, ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 30], "checkpoint.pt")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [
+    lambda o: drop(o, BANK), lambda o: {**o, BANK: {}}, lambda o: {**o, BANK: o[BANK] | dict(x=1)},
+    lambda o: {**o, BANK: drop(o[BANK], "exp_avg")},
+    lambda o: {**o, BANK: o[BANK] | dict(step=torch.tensor(7.0))}])
+def test_a_damaged_bank_that_moves(damage, finished, tmp_path):
+    """To host memory: its moments go with it."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    change(path, optimizers=damage)
+    fails(train_gpt, ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 30, "--bank_home", "host"],
+          "checkpoint.pt")
+
+
+def test_a_model_of_which_a_part_is_frozen_goes_on(tmp_path, finished):
+    """It has no moments for what does not learn."""
+    state = checkpoint(finished)
+    frozen = {name: moments for name, moments in state["optimizers"].items() if "w_q" not in name}
+    torch.save({**state, "optimizers": frozen}, tmp_path / "checkpoint.pt")
+    model = GPT(GPTConfig(**state["config"]))
+    for name, p in model.named_parameters():
+        p.requires_grad_("w_q" not in name)
+    muon, adamw = make_optimizers(model)
+    assert run_folder.restore(tmp_path, model, [muon, adamw])[0] == state["step"]
+    learns = [p for group in muon.param_groups for p in group["params"] if p.requires_grad]
+    assert len(muon.state) == len(learns) < len(muon.param_groups[0]["params"])
+    model.requires_grad_(True)
+    with pytest.raises(UserError, match="checkpoint.pt"):
+        run_folder.restore(tmp_path, model, make_optimizers(model))
 
 
 @pytest.mark.parametrize("other", [
