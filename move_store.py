@@ -407,7 +407,8 @@ class StoredBank(nn.Module):
         n, last = len(share.ids), self.rows.last[held]
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
         decay = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
-        update_rows(self.rows.near, slots, steps.c[last], decay, exchange(g, share.received, share.sent),
+        g = exchange(g, share.received, share.sent)  # back, the way that the rows came
+        update_rows(self.rows.near, slots, steps.c[last], decay, g,
                     to_device(share.sources, held.device), steps.constants(lr))
         steps.count(lr)
         self.rows.last.index_fill_(0, held, steps.t)  # [held] = t would wait for the GPU
