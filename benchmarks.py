@@ -25,7 +25,7 @@ from optimizers import make_optimizers
 from prepare_data import load_dataset, load_digits, split_images, state_of
 from run_folder import draw_curves, read_checkpoint
 from script import UserError, first_line, write_file
-from train_gpt import build, compile_parts, load_run, sum_gradients
+from train_gpt import build, compile_parts, load_run, padded, sum_gradients
 
 
 def read_samples(path):
@@ -154,7 +154,7 @@ def token_ids(args):
     length = args.tokens * MICRO_BATCHES + 1
     if args.dataset:
         data = load_dataset(args.data_dir / args.dataset)
-        vocab_size, ids = -64 * (-data.meta["vocab_size"] // 64), data.train[:length].astype(np.int64)
+        vocab_size, ids = padded(data.meta["vocab_size"]), data.train[:length].astype(np.int64)
         if len(ids) < length:
             raise UserError(f"{data.folder} has {len(ids)} training tokens, not {length}; lower --tokens")
     else:
@@ -404,7 +404,8 @@ def measure_homes(args, machine):
 def compare_homes(scale, args, machine, series, say):
     """The lines of one size of the memory → [(home, parameters of the bank, ms a step, peak GiB)]. In a
     function of its own: at its end nothing keeps the models."""
-    found, homes, (config, _) = [], [], config_of(f"move-x{scale:g}", args, args.vocab_size, "-")
+    found, homes = [], []
+    config = GPTConfig.from_depth(args.depth, scale, vocab_size=args.vocab_size, seq_len=args.seq_len)
     for home in args.homes:
         try:
             homes.append(Home(home, config, machine))

@@ -223,20 +223,6 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
               "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def environment_number(name, default):
-    """One of torchrun's variables."""
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal() or len(value) > 9:
-        raise UserError(f"the environment variable {name} must be a number, not {value!r}")
-    return int(value)
-
-
-def get_world_size():
-    """Number of processes that train together; torchrun says so, and gives each a RANK."""
-    n = environment_number("WORLD_SIZE", 1)
-    return max(1, n) if "RANK" in os.environ else 1
-
-
 @dataclass
 class Machine:
     """Where this process computes, and which of how many it is."""
@@ -267,7 +253,7 @@ class Machine:
         numbers[self.rank] = number
         return [int(number) for number in self.sum(numbers)]
 
-    def first(self, work):
+    def in_main(self, work):
         """work() in the main process, while the others wait. If it fails, all processes end."""
         return self.together(work if self.main else lambda: None)
 
@@ -285,16 +271,16 @@ class Machine:
 
 def set_up_machine(args):
     """Device, processes (torchrun's, if it started us) and seed."""
-    local_rank = environment_number("LOCAL_RANK", 0)
-    machine = Machine(torch.device(args.device, local_rank if args.device == "cuda" else None))
-    if "RANK" in os.environ:
-        try:
-            if args.device == "cuda":
-                torch.cuda.set_device(machine.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"cannot start the processes ({first_line(error)}); use torchrun") from None
-        machine.rank, machine.world_size = dist.get_rank(), dist.get_world_size()
+    machine, cuda = Machine(torch.device(args.device)), args.device == "cuda"
+    try:
+        if cuda:
+            machine.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(machine.device)
+        if "RANK" in os.environ:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot start the processes ({first_line(error)}); use torchrun") from None
+    machine.rank, machine.world_size = move_store.processes()
     if machine.world_size == 1 and args.device == "cpu" and sys.platform == "linux":
         # glibc gives large tensors back to the system after each use and has every page cleared at the
         # next: keeping them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = ∞) makes the default run 1.5 times faster.

@@ -46,7 +46,7 @@ from torch import nn
 import benchmarks
 from examples.trained_model import only_the_memory_learns, start_from_trained
 from gates import draw_senses, read_senses, sense_distances, text_of, write_page
-from lab import FULL, Lab, average, compare, curves, differ, mean, noise, spread
+from lab import FULL, Lab, average, compare, differ, mean, mean_curve, noise, spread
 from move import GPT, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
 from prepare_data import token_bytes
@@ -67,8 +67,8 @@ def gain(without, results):
 
 def gains_over(without, results):
     """(steps, how many bits per byte fewer than `without`) of the mean validation curve of one method."""
-    steps, bits = curves(results)
-    return steps, curves(without)[1] - bits
+    steps, bits = mean_curve(results)
+    return steps, mean_curve(without)[1] - bits
 
 
 def gains(done):
@@ -88,7 +88,7 @@ def parity(lab):
                  compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])]
     axes = ["steps", "seconds"] if len(lab.machines) == 1 else ["steps"]
     lab.write(table, sentences, [
-        dict(lines={label: curves(rs, against) for label, rs in done.items()}, xlabel=against,
+        dict(lines={label: mean_curve(rs, against) for label, rs in done.items()}, xlabel=against,
              ylabel="validation, bits per byte") for against in axes])
 
 
@@ -319,18 +319,17 @@ def gradient_highway(lab):
     """The gradient that reaches a row of the memory, layer by layer, shared and layer-local; and a shared
     bank that only the middle layer trains. (A smaller gradient is no test: AdamW's step does not change.)"""
     half = max(1, lab.depth // 2)
-    look = dict(look=look_at_gradients, looks=4)
     done = lab.train({
         "none": lab.runs("none"),
-        "LaVE-×1": lab.runs("lave", half, "looked", **look),
-        "MoVE-×1": lab.runs("move", half, "looked", **look),
+        "LaVE-×1": lab.runs("lave", half, "looked", look=look_at_gradients),
+        "MoVE-×1": lab.runs("move", half, "looked", look=look_at_gradients),
         "MoVE-×1, one layer trains the bank": lab.runs(
             "move", half, "onelayer", flags=dict(kernels=False),
             change=functools.partial(one_layer_trains, layer=lab.depth // 2))})
     early = max(1, len(done["none"][0]["curve"]["steps"]) // 4)
     rows, lines, used = [], {}, {}
     for label, rs in done.items():
-        looks = [r["looks"][-1] for r in rs if r["looks"]]
+        looks = [r["look"] for r in rs if r["look"]]
         norms = np.mean([look["norms"] for look in looks], axis=0) if looks else []
         rows.append([label, spread(rs), f"{np.mean([r['curve']['bits'][early] for r in rs]):.4f}",
                      " ".join(f"{norm:.1e}" for norm in norms),
@@ -429,21 +428,12 @@ def go_on_from(model, folder, freeze=False):
         only_the_memory_learns(model)
 
 
-def memory_optimizers(model, lr_scale):
-    """make_optimizers without those that take what is frozen."""
-    muon, adamw = make_optimizers(model, lr_scale)
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-    return [muon, adamw]
-
-
 def late(lab):
     """A memory for a model that is trained already: it learns from one half of the text without memory, then
     from the other half without one, with a new one, and with a new one alone, all else frozen; beside a model
     that had the memory all the time."""
     half, steps = max(1, lab.depth // 2), max(1, lab.steps // 2)
-    first = dict(flags=dict(max_steps=steps, save_every=steps), part=(0, 0.5), keep=True)
+    first = dict(flags=dict(max_steps=steps), part=(0, 0.5), keep=True)
     begun = {memory: lab.runs(memory, half * (memory == "move"), "begun", **first)
              for memory in ("none", "move")}
     lab.train(begun)
@@ -453,8 +443,7 @@ def late(lab):
     methods = {}
     for label, (start, memory, options) in ways.items():
         methods[label] = lab.runs(memory, half * (memory == "move"), f"late-{label.replace(' ', '_')}",
-                                  flags=dict(max_steps=steps, save_every=steps), part=(0.5, 1),
-                                  optimizers_of=memory_optimizers if options else make_optimizers)
+                                  flags=dict(max_steps=steps), part=(0.5, 1))
         for then, before in zip(methods[label], begun[start], strict=True):
             folder = lab.args.out_dir / "runs" / before.name
             then.change = functools.partial(go_on_from, folder=folder, **options)
@@ -464,7 +453,7 @@ def late(lab):
     sentences = [compare(label, done[label], "no memory", done["no memory"]) for label in list(ways)[1:]]
     lab.write(table, [*sentences, compare("a new memory", done["a new memory"], "the memory it had",
                                           done["the memory it had"])],
-              [dict(lines={label: curves(rs) for label, rs in done.items()}, xlabel="steps",
+              [dict(lines={label: mean_curve(rs) for label, rs in done.items()}, xlabel="steps",
                     ylabel="validation, bits per byte")])
 
 
@@ -632,7 +621,7 @@ def recipe(lab):
         add("none", 0, f"rate of the {part} × {factor:g}", {part: factor})
     done, rows = lab.train(methods), []
     for (memory, n_slots, label), rs in done.items():
-        looks = [r["looks"][-1] for r in rs if r["looks"]]
+        looks = [r["look"] for r in rs if r["look"]]
         rows.append([memory, n_slots, label, spread(rs),
                      *(average(looks, key, ".4f") for key in ("mean", "mean_of_id", "slot_cosine"))])
     table = lab.table(["memory", "M", "change", "bits per byte", "carried by gates", "by gates within an id",

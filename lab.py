@@ -25,7 +25,7 @@ from optimizers import fast_bfloat16, make_optimizers
 from prepare_data import load_dataset
 from run_folder import read_checkpoint, read_log
 from script import UserError, make_folder, write_file
-from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, set_up_machine, train_text
+from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, padded, set_up_machine, train_text
 
 FULL = dict(depth=8, seeds=3, steps=600, seq_len=1024, batch_tokens=65536, eval_tokens=1 << 20, evaluations=8)
 QUICK = dict(depth=2, seeds=1, steps=40, seq_len=128, batch_tokens=1024, eval_tokens=1 << 13, evaluations=4)
@@ -38,7 +38,7 @@ class Run:
     """One training run: flags of train_gpt.py, and what is changed in it.
 
     note: names the change. change, optimizers_of, part: see train_text. look: called with (model, data) at
-    each checkpoint; the dict that it returns is kept. keep: whether the last checkpoint is.
+    the end; the dict that it returns is kept. keep: whether the last checkpoint is.
     """
     flags: dict
     note: str = ""
@@ -90,16 +90,15 @@ class Lab:
         depth = f"-d{args.depth}" if args.depth else ""
         self.report = args.out_dir / f"{name}-{self.dataset}{depth}{'-quick' * args.quick}.json"
 
-    def runs(self, memory, n_slots=0, note="", depth=None, looks=1, flags=None, **parts):
-        """The same Run with each seed. looks: how many checkpoints it has; parts: the Run's other fields."""
+    def runs(self, memory, n_slots=0, note="", depth=None, flags=None, **parts):
+        """The same Run with each seed. parts: the Run's other fields."""
         depth = depth or self.depth
         flags = {**self.flags, "attention": "mha", "memory": memory if n_slots else "none", "depth": depth,
-                 "move_scale": 2 * n_slots / depth, "save_every": -(-self.steps // looks), **(flags or {})}
+                 "move_scale": 2 * n_slots / depth, "save_every": self.steps, **(flags or {})}
         return [Run({**flags, "seed": seed}, note, **parts) for seed in range(self.seeds)]
 
     def config(self, memory, n_slots, depth=None, attention="mha"):
-        vocab_size = -64 * (-self.vocab_size // 64)  # padded, as train_gpt.py does
-        return GPTConfig.from_depth(depth or self.depth, vocab_size=vocab_size, memory=memory,
+        return GPTConfig.from_depth(depth or self.depth, vocab_size=padded(self.vocab_size), memory=memory,
                                     n_slots=n_slots, seq_len=self.flags["seq_len"], attention=attention)
 
     def memory_parameters(self, *about):
@@ -198,9 +197,8 @@ def take_gpu(free):
 
 
 def is_done(run, folder):
-    """Whether a run has left its last evaluation, its last look and the checkpoint that is to be kept."""
-    path, last = folder / run.name, [run.flags["max_steps"]]
-    settings = folder / f"{run.name}.json"
+    """Whether a run has ended, and left the checkpoint that is to be kept."""
+    path, settings = folder / run.name, folder / f"{run.name}.json"
     if not settings.exists() or not settings.read_text().startswith(settings_of(run) + "\n"):
         return False
     if run.keep:
@@ -208,39 +206,34 @@ def is_done(run, folder):
             read_checkpoint(path)
         except UserError:  # there is none, or one of another version
             return False
-    looked = run.look is None or [look["step"] for look in looks_of(run, folder)][-1:] == last
-    return looked and read_log(path, "val_bits_per_byte")[0][-1:] == last
+    return read_log(path, "val_bits_per_byte")[0][-1:] == [run.flags["max_steps"]]
 
 
-RECIPE = 4  # to be raised where a change of the code changes what a run finds
+RECIPE = 5  # to be raised where a change of the code changes what a run finds
 
 
 def settings_of(run):
     """What a result depends on, as JSON: the recipe, the flags and the data set."""
-    data = load_dataset(Path(run.flags["data_dir"]) / run.flags["dataset"], check=False)
     flags = {key: value for key, value in run.flags.items() if key != "data_dir"}
-    return json.dumps([RECIPE, flags, data.identity()], sort_keys=True)
+    return json.dumps([RECIPE, flags, data_of(run).identity()], sort_keys=True)
+
+
+def data_of(run):
+    return load_dataset(Path(run.flags["data_dir"]) / run.flags["dataset"], check=False)
 
 
 def train_run(run, folder):
     """Trains a run from its start. What it prints goes to <run>.txt → None, or what went wrong."""
-    path, looks, settings = (folder / f"{run.name}{end}" for end in ("", ".looks.jsonl", ".json"))
+    path, settings = folder / run.name, folder / f"{run.name}.json"
     shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
-    for left in (looks, settings):
-        left.unlink(missing_ok=True)
-
-    def after_save(model, step):
-        if run.look is not None:
-            data = load_dataset(Path(run.flags["data_dir"]) / run.flags["dataset"], check=False)
-            with open(looks, "a") as file:
-                file.write(json.dumps(dict(step=step, **run.look(model, data))) + "\n")
-
+    settings.unlink(missing_ok=True)
     with open(folder / f"{run.name}.txt", "w") as file, contextlib.redirect_stdout(file):
         try:
             given = vars(make_parser().parse_args([*run.arguments(), f"--out_dir={path}"]))
             args = resolve_flags(given, DEFAULTS)
-            train_text(args, set_up_machine(args), None, run.change, after_save, run.optimizers_of,
-                       run.part)
+            model, _ = train_text(args, set_up_machine(args), None, run.change, run.optimizers_of, run.part)
+            found = run.look(model.eval(), data_of(run)) if run.look else None
+            del model  # before its memory is freed
         except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
@@ -251,15 +244,9 @@ def train_run(run, folder):
     if not run.keep:
         (path / "checkpoint.pt").unlink()
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    content = f"{settings_of(run)}\n{machine}, PyTorch {torch.__version__}\n"
+    content = f"{settings_of(run)}\n{machine}, PyTorch {torch.__version__}\n{json.dumps(found)}\n"
     write_file(settings, lambda file: file.write(content.encode()))
     return None
-
-
-def looks_of(run, folder):
-    """What a run's `look` returned, and the step of it, at each checkpoint."""
-    path = folder / f"{run.name}.looks.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def result(run, folder):
@@ -270,14 +257,23 @@ def result(run, folder):
     steps, bits = logs["val_bits_per_byte"]
     speed = float(np.median(logs["tokens_per_s"][1] or [float("nan")]))
     seconds = [step * run.flags["batch_tokens"] / speed for step in steps]
-    _, machine, _ = (folder / f"{run.name}.json").read_text().split("\n")
-    return dict(name=run.name, machine=machine, bits=bits[-1],
+    _, machine, look = (folder / f"{run.name}.json").read_text().splitlines()
+    return dict(machine=machine, bits=bits[-1],
                 curve=dict(steps=steps, bits=bits, seconds=seconds),
                 tokens_per_s=speed, g_0=logs["g_0"][1], g_i=logs["g_i"][1], rows_used=logs["rows_used"][1],
-                looks=looks_of(run, folder))
+                look=json.loads(look))
 
 
 # ---------------------------------------------------------------------------------------------- reports
+
+
+def mean(results, key="bits"):
+    return float(np.mean([r[key] for r in results]))
+
+
+def noise(results):
+    """Standard deviation between seeds; 0 for one seed."""
+    return float(np.std([r["bits"] for r in results], ddof=min(1, len(results) - 1)))
 
 
 def spread(results):
@@ -289,11 +285,6 @@ def spread(results):
 def average(looks, key, form):
     """The mean of one number of several looks as text, '' if they do not have it."""
     return format(np.mean([look[key] for look in looks]), form) if looks and key in looks[0] else ""
-
-
-def noise(results):
-    """Standard deviation between seeds; 0 for one seed."""
-    return float(np.std([r["bits"] for r in results], ddof=min(1, len(results) - 1)))
 
 
 def differences(results, others):
@@ -342,11 +333,7 @@ def draw(panels, path):
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
 
-def curves(results, against="steps"):
+def mean_curve(results, against="steps"):
     """(x, y) of the mean validation curve of one method, without the first evaluation, which is far above."""
     x, y = (np.mean([r["curve"][key] for r in results], axis=0) for key in (against, "bits"))
     return x[1:], y[1:]
-
-
-def mean(results, key="bits"):
-    return float(np.mean([r[key] for r in results]))

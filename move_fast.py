@@ -283,7 +283,7 @@ def _(idx, vocab_size, key):
     return idx.new_empty(idx.numel(), dtype=torch.int32)
 
 
-def constants(vz, bank, n_heads, gated):
+def kernel_sizes(vz, bank, n_heads, gated):
     """What every kernel is compiled for."""
     if bank.untyped_storage().size() == 0:
         raise RuntimeError("the storage of the bank is freed, as by fully_shard(bank): "
@@ -297,7 +297,7 @@ def constants(vz, bank, n_heads, gated):
 
 
 def launch(kernel, tensors, vz, bank, n_heads, gated):
-    fixed = constants(vz, bank, n_heads, gated)
+    fixed = kernel_sizes(vz, bank, n_heads, gated)
     with torch.cuda.device_of(vz):
         kernel[n_heads, triton.cdiv(len(vz), TILE)](
             *tensors, len(vz), **fixed, TILE=TILE, num_warps=fixed["GROUPS"] * fixed["SLOTS"] // 16,
@@ -354,7 +354,7 @@ def add_bank_gradient(gradient: torch.Tensor, d_vs: list[torch.Tensor], vz: list
             raise RuntimeError("the gradient of an accelerated bank was taken away between its forward and "
                                "backward pass; call move_fast.zero_grad() before the forward pass")
     d_vs, vz = aligned(d_vs), aligned(vz)
-    N, (M, W), fixed = len(vz[0]), gradient.shape[1:], constants(vz[0], gradient, n_heads, gated)
+    N, (M, W), fixed = len(vz[0]), gradient.shape[1:], kernel_sizes(vz[0], gradient, n_heads, gated)
     tiles = triton.cdiv(N, GRADIENT_TILE)
     carry = gradient.new_empty(tiles, M, W, dtype=torch.float32)
     with torch.cuda.device_of(gradient):

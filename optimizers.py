@@ -1,26 +1,11 @@
 """Muon for the matrices, AdamW for the rest, and the schedule of their learning rates."""
 import math
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from move import Linear, ValueBank, memory_parameter_groups
-from move_store import StoredAdamW, kernels_for, stored_banks
-
-
-def fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        capabilities = {}
-        if hasattr(torch.cpu, "get_capabilities"):
-            capabilities = torch.cpu.get_capabilities()
-        elif Path("/proc/cpuinfo").exists():
-            capabilities = dict.fromkeys(Path("/proc/cpuinfo").read_text().split(), True)
-        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return False
+from move import Linear, memory_parameter_groups
+from move_store import StoredAdamW, kernels_for, processes, stored_banks
 
 
 def orthogonalize(g, steps=5):
@@ -41,11 +26,11 @@ def orthogonalize(g, steps=5):
 def orthogonalize_shared(matrices):
     """Matrices of one shape → (n, rows, columns). Each process of a distributed run does its share, and they
     exchange the results, in bfloat16: these products are most of what Muon costs."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world_size = processes()
     if world_size == 1:
         return orthogonalize(torch.stack(matrices))
     share = math.ceil(len(matrices) / world_size)
-    mine = matrices[share * dist.get_rank():share * (dist.get_rank() + 1)]
+    mine = matrices[share * rank:share * (rank + 1)]
     part = torch.zeros(share, *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)
     if mine:
         part[:len(mine)] = orthogonalize(torch.stack(mine))
@@ -162,20 +147,9 @@ def set_learning_rates(optimizers, factor):
             group["lr"] = group["peak_lr"] * factor
 
 
-def bank_use(model, optimizers):
-    """How much of the memory is in use: dict(rows_used, row_norm), {} without a memory.
-
-    rows_used: share of the ids whose rows have had a gradient, which are those with a second moment other
-    than 0: it shrinks, but never reaches 0. row_norm: mean norm of a slot of an id. Of a stored bank
-    rows_used alone: the share of this process's ids that were in a batch.
-    """
-    if stored := stored_banks(model):
-        lasts = [bank.rows.last for bank in stored.values()]
-        return dict(rows_used=sum(last.count_nonzero().item() for last in lasts) / sum(map(len, lasts)))
-    banks = [module.weight for module in model.modules() if isinstance(module, ValueBank)]
-    moments = [optimizer.state[bank]["exp_avg_sq"] for optimizer in optimizers for bank in banks
-               if optimizer.state.get(bank)]
-    used = sum(moment.flatten(1).any(1).sum().item() for moment in moments)
-    norms = sum(bank.detach().norm(dim=-1, dtype=torch.float32).sum().item() for bank in banks)
-    return dict(rows_used=used / sum(map(len, banks)),
-                row_norm=norms / sum(bank[..., 0].numel() for bank in banks)) if banks else {}
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))

@@ -33,15 +33,14 @@ import torch.distributed as dist
 from command_line import (
     ends_together,
     find_run,
-    get_world_size,
     how_to_save_memory,
     resolve_flags,
     set_up_machine,
     training_parser,
 )
 from move import GPT, GPTConfig, ValueBank, ValueMixer
-from move_store import StoredBank, borrow, empty_bank, prefetch, rows_are_finite, stored_banks
-from optimizers import bank_use, make_optimizers, schedule, set_learning_rates
+from move_store import StoredBank, borrow, empty_bank, prefetch, processes, rows_are_finite, stored_banks
+from optimizers import make_optimizers, schedule, set_learning_rates
 from prepare_data import load_dataset, load_tokenizer, prepare_python, prepare_shakespeare, token_bytes
 from run_folder import (
     Log,
@@ -87,7 +86,7 @@ def load(args, machine, kind, prepare):
                     raise
         return load_dataset(folder)
 
-    data = machine.first(check) or load_dataset(folder, check=False)
+    data = machine.in_main(check) or load_dataset(folder, check=False)
     if data.meta["kind"] != kind:
         raise UserError(f"{folder} is of kind {data.meta['kind']}, this script needs {kind}; "
                         "give another --dataset")
@@ -147,13 +146,12 @@ class DataOrder:
         return np.concatenate(parts)
 
 
-def check_batch(args):
+def check_batch(args, machine):
     """UserError if a step is no whole number of micro-batches."""
-    world_size = get_world_size()
-    tokens = (args.micro_batch or 1) * args.seq_len * world_size
-    if args.batch_tokens % tokens:
+    n, sequences = machine.world_size, args.micro_batch or 1
+    if args.batch_tokens % (tokens := sequences * args.seq_len * n):
         raise UserError(f"--batch_tokens {args.batch_tokens} is no multiple of micro_batch · seq_len · "
-                        f"processes = {args.micro_batch or 1} · {args.seq_len} · {world_size} = {tokens}")
+                        f"processes = {sequences} · {args.seq_len} · {n} = {tokens}")
 
 
 def choose_micro_batch(args, config, most, free=None):
@@ -165,13 +163,14 @@ def choose_micro_batch(args, config, most, free=None):
     of 2 bytes in bfloat16; of logits the kernels hold 8,192 tokens' at once, 8 bytes each, and the reference
     all, 16 bytes each.
     """
-    sequences = args.batch_tokens // (args.seq_len * get_world_size())
+    n_processes = processes()[1]
+    sequences = args.batch_tokens // (args.seq_len * n_processes)
     divisors = [n for n in range(min(most, sequences), 0, -1) if sequences % n == 0]
     if free is None:
         return divisors[0]
     with torch.device("meta"):
         counts = GPT(config).parameter_counts()
-    bank = (8 if args.bank_dtype == "bfloat16" else 16) * counts["memory"] / get_world_size()
+    bank = (8 if args.bank_dtype == "bfloat16" else 16) * counts["memory"] / n_processes
     if args.bank_home == "host":
         bank *= min(1, 1.5 * args.batch_tokens / 4 / config.vocab_size)
     parameters = 16 * (counts["total"] - counts["memory"]) + bank
@@ -188,11 +187,16 @@ def choose_micro_batch(args, config, most, free=None):
 # ------------------------------------------------------------------------------------------------ model
 
 
+def padded(vocab_size):
+    """A multiple of 64, for fast matrix products."""
+    return -64 * (-vocab_size // 64)
+
+
 def make_config(args, data, **shape):
     """The GPTConfig of the flags, for the vocabulary of a data set. shape: what differs from nanochat's."""
-    vocab_size = -64 * (-data.meta["vocab_size"] // 64)  # padded, for fast matrix products
     try:
-        return GPTConfig.from_depth(args.depth, args.move_scale, vocab_size=vocab_size, seq_len=args.seq_len,
+        return GPTConfig.from_depth(args.depth, args.move_scale, seq_len=args.seq_len,
+                                    vocab_size=padded(data.meta["vocab_size"]),
                                     memory=args.memory, gate_value=args.gate_value, attention=args.attention,
                                     kv_rank=args.kv_rank, **shape)
     except ValueError as error:
@@ -203,7 +207,7 @@ def build(config, args, device, positions=None, change=None, bank=None):
     """A GPT of this config on a device, by the flags dtype, bank_dtype, bank_home and kernels. change: a
     function that is called with the model first, to alter its parts. bank: what makes the banks."""
     if bank is None:
-        elsewhere = args.bank_home == "host" or get_world_size() > 1
+        elsewhere = args.bank_home == "host" or processes()[1] > 1
         bank = functools.partial(StoredBank, home=args.bank_home, device=device,
                                  dtype=getattr(torch, args.bank_dtype)) if elsewhere else ValueBank
     try:
@@ -222,6 +226,38 @@ def build(config, args, device, positions=None, change=None, bank=None):
         from move_fast import accelerate
         args.kernels = accelerate(model)  # False if it leaves the model on the reference
     return model
+
+
+def compile_parts(model, **how):
+    """`model`, with its parameters, in compiled code for training. Equal blocks are compiled once, so that
+    the compiler takes no longer for many of them. `model` itself stays as it is.
+    how: what torch.compile gets besides."""
+    def compiled(function):
+        # Of one piece of code the compiler remembers a few models only: each gets code of its own.
+        function.__code__ = function.__code__.replace()
+        return torch.compile(function, fullgraph=True, **how)
+
+    def block_code():
+        return compiled(lambda block, *inputs: block(*inputs))
+
+    kinds = collections.defaultdict(block_code)  # of blocks: with a table of LaVE, and without
+
+    def part(block):
+        # The compiler takes blocks that differ by a hook for equal ones.
+        hooks = any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
+                    for m in block.modules())
+        run = block_code() if hooks else kinds[block.table is not None]
+
+        def forward(x, idx, rotary, memory, cache):
+            if hasattr(memory, "of_layer"):  # of the kernels
+                memory = memory.of_layer(block.attention.mixer, x.dtype)
+            return run(block, x, idx, rotary, memory, cache)
+        return forward
+
+    fast = model.with_blocks([part(block) for block in model.blocks])
+    fast.embed = compiled(lambda idx: model.embed(idx))
+    fast.loss = compiled(lambda x, targets: model.loss(x, targets))
+    return fast
 
 
 def start_model(args, machine, data, saved, most, positions=None, change=None, **shape):
@@ -297,6 +333,25 @@ def watch_gates(model):
             hook.remove()
 
 
+def bank_use(model, optimizers):
+    """How much of the memory is in use: dict(rows_used, row_norm), {} without a memory.
+
+    rows_used: share of the ids whose rows have had a gradient, which are those with a second moment other
+    than 0: it shrinks, but never reaches 0. row_norm: mean norm of a slot of an id. Of a stored bank
+    rows_used alone: the share of this process's ids that were in a batch.
+    """
+    if stored := stored_banks(model):
+        lasts = [bank.rows.last for bank in stored.values()]
+        return dict(rows_used=sum(last.count_nonzero().item() for last in lasts) / sum(map(len, lasts)))
+    banks = [module.weight for module in model.modules() if isinstance(module, ValueBank)]
+    moments = [optimizer.state[bank]["exp_avg_sq"] for optimizer in optimizers for bank in banks
+               if optimizer.state.get(bank)]
+    used = sum(moment.flatten(1).any(1).sum().item() for moment in moments)
+    norms = sum(bank.detach().norm(dim=-1, dtype=torch.float32).sum().item() for bank in banks)
+    return dict(rows_used=used / sum(map(len, banks)),
+                row_norm=norms / sum(bank[..., 0].numel() for bank in banks)) if banks else {}
+
+
 @torch.no_grad()
 def evaluate(model, records, count, count_units, args, machine):
     """Cross-entropy over the first `count` records, always the same, shared out among the processes.
@@ -326,7 +381,7 @@ def evaluate(model, records, count, count_units, args, machine):
 
 def can_sample(model):
     """Whether this process has the whole model. If the bank is dealt out, one line says how to sample."""
-    whole = get_world_size() == 1 or not stored_banks(model)
+    whole = processes()[1] == 1 or not stored_banks(model)
     if not whole:
         print("no samples, since each process has a part of the bank; the checkpoint gives some to one "
               "process, with --prompt (text) or --sample (images)", flush=True)
@@ -364,13 +419,13 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
     """
     order = DataOrder(len(sets[0]), args.batch_tokens // args.seq_len, args.seed)
     with contextlib.ExitStack() as stack, stop_signals() as stop:
-        machine.first(lambda: stack.enter_context(only_run(args.out_dir, resume=saved is not None)))
+        machine.in_main(lambda: stack.enter_context(only_run(args.out_dir, resume=saved is not None)))
         training = Training(args, machine, model, data, sets, order, unit, count_units, saved, optimizers_of)
         while True:
             step = training.step
             stopping = machine.sum([len(stop)])[0] > 0  # all processes stop after the same step
             done = step == args.max_steps
-            new = step > training.first  # false where a run starts or goes on
+            new = step > training.first_step  # false where a run starts or goes on
             unsaved = new or saved is None  # false where a run goes on: its checkpoint is of this step
             if new and (step % args.log_every == 0 or step == 1 or done):
                 training.report()
@@ -391,38 +446,6 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
         raise KeyboardInterrupt(f"stopped; the state is saved in {args.out_dir}, go on with --resume")
 
 
-def compile_parts(model, **how):
-    """`model`, with its parameters, in compiled code for training. Equal blocks are compiled once, so that
-    the compiler takes no longer for many of them. `model` itself stays as it is.
-    how: what torch.compile gets besides."""
-    def compiled(function):
-        # Of one piece of code the compiler remembers a few models only: each gets code of its own.
-        function.__code__ = function.__code__.replace()
-        return torch.compile(function, fullgraph=True, **how)
-
-    def block_code():
-        return compiled(lambda block, *inputs: block(*inputs))
-
-    kinds = collections.defaultdict(block_code)  # of blocks: with a table of LaVE, and without
-
-    def part(block):
-        # The compiler takes blocks that differ by a hook for equal ones.
-        hooks = any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
-                    for m in block.modules())
-        run = block_code() if hooks else kinds[block.table is not None]
-
-        def forward(x, idx, rotary, memory, cache):
-            if hasattr(memory, "of_layer"):  # of the kernels
-                memory = memory.of_layer(block.attention.mixer, x.dtype)
-            return run(block, x, idx, rotary, memory, cache)
-        return forward
-
-    fast = model.with_blocks([part(block) for block in model.blocks])
-    fast.embed = compiled(lambda idx: model.embed(idx))
-    fast.loss = compiled(lambda x, targets: model.loss(x, targets))
-    return fast
-
-
 class Training:
     """The state of a run while it trains, and the steps of the loop."""
 
@@ -433,15 +456,15 @@ class Training:
         self.unit, self.count_units = unit, count_units
         self.optimizers = optimizers_of(model, args.lr_scale)
         self.next = None  # the micro-batches of the next step, if they are loaded
-        self.first, self.losses = 0, []  # the first step here; losses of the steps since the last report
+        self.first_step, self.losses = 0, []  # the first step here; losses of the steps since the last report
         if saved is not None:
-            self.first, self.losses = restore(args.out_dir, model, self.optimizers)
-            if self.first >= args.max_steps:
-                raise UserError(f"the run in {args.out_dir} has done its {self.first} steps; "
+            self.first_step, self.losses = restore(args.out_dir, model, self.optimizers)
+            if self.first_step >= args.max_steps:
+                raise UserError(f"the run in {args.out_dir} has done its {self.first_step} steps; "
                                 "raise --max_steps to go on, or sample from it")
-        self.step = self.first
+        self.step = self.first_step
         if machine.main:
-            self.log = Log(args.out_dir / "log.jsonl", None if saved is None else self.first)
+            self.log = Log(args.out_dir / "log.jsonl", None if saved is None else self.first_step)
             copy_decoder(data, args.out_dir)
         self.fast_model = compile_parts(model) if args.compile else model
         self.restart_clock()
@@ -461,7 +484,7 @@ class Training:
     def take_step(self):
         """One optimizer step on the mean loss over all micro-batches of all processes."""
         args, machine = self.args, self.machine
-        if self.step == self.first + 1:  # the first step compiles: it does not count
+        if self.step == self.first_step + 1:  # the first step compiles: it does not count
             self.synchronize_losses()
             self.restart_clock()
         batches = self.load()
@@ -520,7 +543,7 @@ class Training:
         self.synchronize_losses()
         loss, self.losses = sum(self.losses) / len(self.losses), []
         text, record = f"step {self.step}/{self.args.max_steps}  loss {loss:.4f}", dict(loss=loss)
-        if not self.args.compile or self.step > self.first + 1:  # else it is the compiler's time
+        if not self.args.compile or self.step > self.first_step + 1:  # else it is the compiler's time
             seconds_a_step = (time.time() - self.clock) / (self.step - self.clock_step)
             speed = self.args.batch_tokens / seconds_a_step
             peak, flops = self.machine.peak_flops(), 3 * sum(self.model.flops_per_token().values())
@@ -565,7 +588,7 @@ class Training:
         flags |= self.args.asked  # a machine where they can be had gets them again
         number = self.machine.together(lambda: save_rows(self.args.out_dir, self.model, self.step))
         files = self.machine.gather(number) if stored_banks(self.model) else []
-        self.machine.first(lambda: save_checkpoint(
+        self.machine.in_main(lambda: save_checkpoint(
             self.args.out_dir, self.model, self.optimizers, step=self.step, losses=self.losses, flags=flags,
             data=self.data.identity(), meta=self.data.meta, rows=files))
 
@@ -641,15 +664,14 @@ def main(argv=None):
         saved = find_run(given, "text", sampling, parser)
     args = resolve_flags(given, DEFAULTS, saved and saved["flags"])
     with ends_together(), memory_advice(lambda: how_to_save_memory(args)):
+        machine = set_up_machine(args)
         if sampling:
-            machine = set_up_machine(args)
             if machine.main:
                 encoding = load_tokenizer(args.out_dir, saved["meta"])
                 model = load_model(saved, args.out_dir, args, machine.device)
                 print_samples(model, encoding, args.prompt, args, machine.device)
         else:
-            check_batch(args)
-            machine = set_up_machine(args)
+            check_batch(args, machine)
             model, encoding = train_text(args, machine, saved)
             if machine.main and can_sample(model):
                 model.eval()
@@ -657,11 +679,9 @@ def main(argv=None):
                 print_samples(model, encoding, "", args, machine.device)
 
 
-def train_text(args, machine, saved, change=None, after_save=None, optimizers_of=make_optimizers,
-               part=(0, 1)):
-    """Trains on text → the model and its tokenizer. change, after_save, optimizers_of: see `build` and
-    `train`; after_save is called with the model, too. part: where the training tokens begin and end, as
-    shares."""
+def train_text(args, machine, saved, change=None, optimizers_of=make_optimizers, part=(0, 1)):
+    """Trains on text → the model and its tokenizer. change, optimizers_of: see `build` and `train`. part:
+    where the training tokens begin and end, as shares."""
     data = load(args, machine, "text", TEXT_SETS)
     encoding = data.tokenizer()
     lengths = torch.from_numpy(token_bytes(encoding))
@@ -670,7 +690,7 @@ def train_text(args, machine, saved, change=None, after_save=None, optimizers_of
     sets = [TextWindows(tokens, args.seq_len, data.folder / name)
             for tokens, name in ((data.train[begin:end], "train.bin"), (data.val, "val.bin"))]
     train(args, machine, model, data, sets, "bits per byte", lambda targets: lengths[targets].sum().item(),
-          saved, after_save and (lambda step: after_save(model, step)), optimizers_of)
+          saved, optimizers_of=optimizers_of)
     return model, encoding
 
 

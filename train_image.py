@@ -205,7 +205,7 @@ def train_images(args, machine, saved):
     rows, columns = data.meta["grid"]
     args.seq_len = rows * columns
     args.batch_tokens = args.batch_tokens or 256 * args.seq_len  # 256 images
-    check_batch(args)
+    check_batch(args, machine)
     size = getattr(args, "size", None)
     shape = dict(zip(("n_layers", "dim", "n_heads"), SIZES[size], strict=True)) if size else {}
     model = start_model(args, machine, data, saved, LARGE["micro_batch"], grid_positions(data.meta["grid"]),

@@ -21,9 +21,10 @@ import lab
 import run_folder
 import train_gpt
 from move import GPT, GPTConfig, ValueBank, ValueMixer
-from optimizers import bank_use, make_optimizers
+from optimizers import make_optimizers
 from prepare_data import load_dataset
 from script import UserError
+from train_gpt import bank_use
 
 TOY = dict(depth=2, seeds=1, steps=2, seq_len=32, batch_tokens=64, eval_tokens=64, evaluations=2)
 
@@ -107,14 +108,14 @@ def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):
     """A run that failed is named, with what to do; the others are kept, and it starts anew."""
     real = train_gpt.train
 
-    def train(args, *others):
+    def train(args, *others, **options):
         if args.memory == "lave":
             raise UserError("no more power")
-        return real(args, *others)
+        return real(args, *others, **options)
 
     monkeypatch.setattr(train_gpt, "train", train)
     fails(experiments, ["parity", *toy], "1 runs failed.*lave.*no more power")
-    monkeypatch.setattr(train_gpt, "train", lambda args, *others: real(args, *others)
+    monkeypatch.setattr(train_gpt, "train", lambda args, *others, **options: real(args, *others, **options)
                         if args.memory == "lave" else pytest.fail("trained twice"))
     experiments.main(["parity", *toy])
     for flag, value in [("--steps", 0), ("--seeds", -1), ("--depth", 0), ("--depth", 1001),
@@ -149,7 +150,7 @@ def test_runs_of_several_machines_are_not_compared_by_their_speed(toy, tmp_path,
     machines, = {tuple(json.loads(report.read_text())["machines"])}
     assert machines == (f"CPU, PyTorch {torch.__version__}",)
     path = next((tmp_path / "out/runs").glob("*lave*.json"))
-    path.write_text(path.read_text().split("\n")[0] + "\nAnother GPU, PyTorch 9\n")
+    path.write_text(path.read_text().split("\n")[0] + "\nAnother GPU, PyTorch 9\nnull\n")
     capsys.readouterr()
     experiments.main(["parity", *toy])
     assert " 0 to do" in (output := capsys.readouterr().out) and "Another GPU" in output
@@ -372,7 +373,7 @@ def test_a_new_memory_alone_learns(monkeypatch):
     experiments.go_on_from(model, None, freeze=True)
     idx, before = torch.randint(512, (2, 16)), {k: v.clone() for k, v in model.state_dict().items()}
     assert torch.equal(model(idx), trained(idx))
-    optimizers, losses = experiments.memory_optimizers(model, 1.0), []
+    optimizers, losses = make_optimizers(model), []
     for _ in range(4):
         losses.append(model(idx, idx))
         model.zero_grad()
