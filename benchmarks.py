@@ -103,20 +103,23 @@ def config_of(name, args, vocab_size, end):
         raise UserError(error) from None
 
 
+def at_least_one(args, *flags):
+    """UserError for a flag with a value below 1."""
+    for flag in flags:
+        if (least := np.min(getattr(args, flag))) < 1:
+            raise UserError(f"--{flag} must be at least 1, not {least}")
+
+
 class Variant:
     """One model that is measured: see config_of; with -reference it has no kernels."""
 
     def __init__(self, name, args, vocab_size):
         config, self.reference = config_of(name, args, vocab_size, "-reference")
-        from move_fast import accelerate, zero_grad  # needs Triton
+        from move_fast import zero_grad  # needs Triton
         torch.manual_seed(0)
         self.name, self.before = name, torch.cuda.memory_allocated()  # bytes of the variants before this one
-        self.model = GPT(config, torch.bfloat16)
-        for bank in self.banks():
-            bank.to(getattr(torch, args.bank_dtype))
-        self.model.to("cuda")
-        if not self.reference:
-            accelerate(self.model)
+        self.model = build(config, argparse.Namespace(dtype="bfloat16", bank_dtype=args.bank_dtype,
+                                                      bank_home="gpu", kernels=not self.reference), "cuda")
         self.zero_grad = nn.Module.zero_grad if self.reference else zero_grad
         self.optimizers = make_optimizers(self.model)
         self.compiled = compile_parts(self.model)
@@ -168,9 +171,7 @@ def overhead(args):
     """Times a training step of each variant, in another order in each round, and prints each beside the
     first one: median and spread (smallest to largest) of all rounds. The last figure of GPU memory is
     without the bank's own parameters, gradients and optimizer state."""
-    for flag in ("tokens", "seq_len", "vocab_size", "rounds"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    at_least_one(args, "tokens", "seq_len", "vocab_size", "rounds")
     if args.tokens % args.seq_len:
         raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")
     if not torch.cuda.is_available():
@@ -266,7 +267,7 @@ class Home:
         self.home, self.machine, cuda = home, machine, machine.device.type == "cuda"
         dtype = "bfloat16" if cuda else "float32"
         self.before = torch.cuda.memory_allocated() if cuda else 0  # bytes of the models before this one
-        args = argparse.Namespace(dtype=dtype, bank_dtype=dtype, bank_home=home, kernels=cuda, compile=cuda)
+        args = argparse.Namespace(dtype=dtype, bank_dtype=dtype, bank_home=home, kernels=cuda)
         self.model = build(config, args, machine.device)
         self.zero_grad = zero_grad if args.kernels else nn.Module.zero_grad
         self.optimizers = make_optimizers(self.model)
@@ -274,7 +275,7 @@ class Home:
         self.seconds, self.loss, self.peak = [], None, 0
 
     def bank_bytes(self):
-        """Of this GPU's memory that the bank takes: rows or working set, gradients, moments, slots."""
+        """Of this GPU's memory that the bank takes: rows or working set, gradients, moments, seats."""
         stored = [bank.rows.near for bank in stored_banks(self.model).values()]
         weights = [m.weight for m in self.model.modules() if isinstance(m, ValueBank)]
         tensors = [*weights, *weights, *(stored or weights + weights)]
@@ -352,9 +353,7 @@ def store(args):
     """Whole training steps with the bank in several homes, in turn, round after round, each step with ids of
     its own from a 1/rank law. torchrun deals the bank out: each process has as many tokens as one alone. Rows
     that move come from host memory or go back, with both moments."""
-    for flag in ("tokens", "seq_len", "vocab_size", "rounds", "steps", "depth"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
+    at_least_one(args, "tokens", "seq_len", "vocab_size", "rounds", "steps", "depth")
     if args.tokens % args.seq_len:
         raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")
     for scale in args.scales:
@@ -457,10 +456,7 @@ def decode(args):
     one of compiled code (see move_fast.fast_step): median and spread (smallest to largest) of ms a step,
     sampling included. What is behind a name, -mla, is latent attention. Also the bytes that a token leaves
     in the cache, and the seconds until the graphs are ready."""
-    for flag, value in dict(batch=min(args.batch), seq_len=args.seq_len, vocab_size=args.vocab_size,
-                            rounds=args.rounds).items():
-        if value < 1:
-            raise UserError(f"--{flag} must be at least 1, not {value}")
+    at_least_one(args, "batch", "seq_len", "vocab_size", "rounds")
     try:
         from move_fast import fast_step
     except ImportError as error:
@@ -527,8 +523,7 @@ def copied(text, source, length):
 def words(args):
     """Lets a run of text write with several seeds, at its default temperature; prints how many of the words
     are words of its data set, and whether it copies 60 characters in a row of the training text."""
-    if min(args.seeds, args.words) < 1:
-        raise UserError(f"--seeds and --words must be at least 1, not {args.seeds} and {args.words}")
+    at_least_one(args, "seeds", "words")
     model, tokenizer = load_run(args.run)
     flags = read_checkpoint(args.run)["flags"]
     data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])

@@ -1013,26 +1013,26 @@ def copy_rows(to, to_rows, source, source_rows):
 
 
 @triton.jit
-def row_in_slot(near, slots, i, at, width):
+def row_in_seat(near, seats, i, at, width):
     """Where p is, in row i; m and v come behind it. And p, m and v, float32."""
-    row = near + tl.load(slots + i).to(tl.int64) * 3 * width + at
+    row = near + tl.load(seats + i).to(tl.int64) * 3 * width + at
     p, m, v = tl.load(row, at < width), tl.load(row + width, at < width), tl.load(row + 2 * width, at < width)
     return row, p.to(tl.float32), m.to(tl.float32), v.to(tl.float32)
 
 
 @triton.jit
-def read_rows_kernel(out, near, slots, c, constants, width, BLOCK: tl.constexpr):
+def read_rows_kernel(out, near, seats, c, constants, width, BLOCK: tl.constexpr):
     i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row, p, m, v = row_in_slot(near, slots, i, at, width)
+    row, p, m, v = row_in_seat(near, seats, i, at, width)
     p -= tl.load(c + i) * m / (tl.sqrt(v) + tl.load(constants + 4))
     tl.store(out + i * width + at, p, at < width)
 
 
 @triton.jit
-def update_rows_kernel(near, slots, c, decay, g, sources, n_sources, constants, n, width,
+def update_rows_kernel(near, seats, c, decay, g, sources, n_sources, constants, n, width,
                        BLOCK: tl.constexpr):
     i, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row, p, m, v = row_in_slot(near, slots, i, at, width)
+    row, p, m, v = row_in_seat(near, seats, i, at, width)
     d = tl.zeros([BLOCK], tl.float32)
     for q in range(n_sources):
         source = tl.load(sources + q * n + i)
@@ -1047,19 +1047,19 @@ def update_rows_kernel(near, slots, c, decay, g, sources, n_sources, constants, 
     tl.store(row + 2 * width, v, at < width)
 
 
-def read_rows(out, near, slots, c, constants):
+def read_rows(out, near, seats, c, constants):
     """move_store.read_rows, in one pass."""
-    if n := len(slots):
+    if n := len(seats):
         width = near[0, 0].numel()
         with torch.cuda.device_of(near):
-            read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, slots, c.float(), constants, width,
+            read_rows_kernel[n, triton.cdiv(width, 1024)](out, near, seats, c.float(), constants, width,
                                                           BLOCK=1024)
 
 
-def update_rows(near, slots, c, decay, g, sources, constants):
+def update_rows(near, seats, c, decay, g, sources, constants):
     """move_store.update_rows, in one pass."""
-    if n := len(slots):
+    if n := len(seats):
         width = near[0, 0].numel()
         with torch.cuda.device_of(near):
-            update_rows_kernel[n, triton.cdiv(width, 1024)](near, slots, c.float(), decay.float(), g, sources,
+            update_rows_kernel[n, triton.cdiv(width, 1024)](near, seats, c.float(), decay.float(), g, sources,
                                                             len(sources), constants, n, width, BLOCK=1024)

@@ -66,23 +66,23 @@ def current(rows, c, eps):
     return p - c.to(p.dtype).view(-1, 1, 1) * m / (v.sqrt() + eps)
 
 
-def read_rows(out, near, slots, c, constants):
-    """Those in these slots of near, as they are now, into out (n, M, d). constants: see Steps."""
+def read_rows(out, near, seats, c, constants):
+    """Those in these seats of near, as they are now, into out (n, M, d). constants: see Steps."""
     if kernels := kernels_for(near):
-        return kernels.read_rows(out, near, slots, c, constants)
+        return kernels.read_rows(out, near, seats, c, constants)
     for part in chunks(len(out), out.shape[1:]):
-        out[part] = current(near[slots[part]].to(constants.dtype), c[part], constants[-1])
+        out[part] = current(near[seats[part]].to(constants.dtype), c[part], constants[-1])
 
 
-def update_rows(near, slots, c, decay, g, sources, constants):
-    """A step of AdamW for the rows in n slots of near, in place. decay (2, n): what is left of each moment,
+def update_rows(near, seats, c, decay, g, sources, constants):
+    """A step of AdamW for the rows in n seats of near, in place. decay (2, n): what is left of each moment,
     since they may have missed some steps. The gradient of a row is the sum of rows of g (·, M, d), those with
     its indices in sources (N, n), in this order, without those that are -1."""
     if kernels := kernels_for(near):
-        return kernels.update_rows(near, slots, c, decay, g, sources, constants)
+        return kernels.update_rows(near, seats, c, decay, g, sources, constants)
     gain_m, gain_v, rate, correction, eps = constants.unbind()
-    for part in chunks(len(slots), g.shape[1:]):
-        rows = near[slots[part]].to(constants.dtype)
+    for part in chunks(len(seats), g.shape[1:]):
+        rows = near[seats[part]].to(constants.dtype)
         p, (_, m, v) = current(rows, c[part], eps), rows.unbind(1)
         total = torch.zeros_like(p)
         for source in sources[:, part]:
@@ -92,7 +92,7 @@ def update_rows(near, slots, c, decay, g, sources, constants):
         m = decay_m * m + gain_m * total
         v = decay_v * v + gain_v * total * total
         p = p - rate * m / ((v / correction).sqrt() + eps)
-        near[slots[part]] = torch.stack((p, m, v), dim=1).to(near.dtype)
+        near[seats[part]] = torch.stack((p, m, v), dim=1).to(near.dtype)
 
 
 def copy_rows(to, to_rows, source, source_rows):
@@ -145,15 +145,15 @@ class Steps:
 
 
 class DeviceRows:
-    """Rows in the memory of a device. home (n, 3, M, d): where they live; near: where `hold` gives slots,
-    here the same; last (n,): the step of each row's last update."""
+    """Rows in the memory of a device. home (n, 3, M, d): where they live; near (·, 3, M, d): where those that
+    are held have their seats, here the same; last (n,): the step of each row's last update."""
 
     def __init__(self, shape, dtype, device):
         self.near = self.home = torch.zeros(shape, dtype=dtype, device=device)
         self.last = torch.zeros(shape[0], dtype=torch.int64, device=device)
 
     def hold(self, rows):
-        """Sorted, unique indices of rows, a NumPy array → their slots in self.near, until the next call."""
+        """Sorted, unique indices of rows, a NumPy array → their seats in self.near, until the next call."""
         return to_device(rows, self.last.device)
 
     def prefetch(self, rows):
@@ -170,7 +170,7 @@ class DeviceRows:
 
 
 class HostRows(DeviceRows):
-    """Rows in host memory. The device holds copies of those in use, in slots, and keeps them while there is
+    """Rows in host memory. The device holds copies of those in use, in seats, and keeps them while there is
     room: ids that come in every batch never leave it. `moved` counts the rows that came and went.
 
     On CUDA they move in a second stream: those of the next step come while this one computes.
@@ -180,13 +180,13 @@ class HostRows(DeviceRows):
         self.host, self.home = host_memory(shape, dtype, device)  # the same memory
         self.last = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.device, self.stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.slot_of = np.full(shape[0], -1)
+        self.seat_of = np.full(shape[0], -1)
         self.clock = self.moved = 0
-        self.make_slots(0)
+        self.make_seats(0)
 
-    def make_slots(self, n):
+    def make_seats(self, n):
         """n empty ones."""
-        self.slot_of[:] = -1
+        self.seat_of[:] = -1
         self.row_in = self.used = np.full(0, -1)
         self.near = self.home[:0]  # frees them before there are new ones
         self.near = self.home.new_empty(n, *self.home.shape[1:])
@@ -197,22 +197,22 @@ class HostRows(DeviceRows):
     def hold(self, rows):
         if len(rows) > len(self.row_in):
             self.flush()
-            self.make_slots(min(len(self.slot_of), len(rows) * 3 // 2))  # two batches share many of their ids
+            self.make_seats(min(len(self.seat_of), len(rows) * 3 // 2))  # two batches share many of their ids
         self.clock += 2
         self.bring(rows, self.clock)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return to_device(self.slot_of[rows], self.device)
+        return to_device(self.seat_of[rows], self.device)
 
     def prefetch(self, rows):
         self.bring(rows, self.clock + 1)
 
     def bring(self, rows, use):
-        """These rows come into slots, in the place of those that were not used for longest; a prefetch takes
+        """These rows come into seats, in the place of those that were not used for longest; a prefetch takes
         none from the rows held now. use: what the clock says of it."""
-        slots = self.slot_of[rows]
-        new = rows[slots < 0]
-        self.used[slots[slots >= 0]] = use
+        seats = self.seat_of[rows]
+        new = rows[seats < 0]
+        self.used[seats[seats >= 0]] = use
         if not len(new):
             return
         room = np.flatnonzero(self.used < self.clock)
@@ -220,9 +220,9 @@ class HostRows(DeviceRows):
         new, full = new[:len(to)], to[self.row_in[to] >= 0]
         old = self.row_in[full]
         self.copy(self.home, old, self.near, full)
-        self.slot_of[old] = self.row_in[full] = -1  # before others come: a signal may end this at any line
+        self.seat_of[old] = self.row_in[full] = -1  # before others come: a signal may end this at any line
         self.copy(self.near, to, self.home, new)
-        self.slot_of[new], self.row_in[to], self.used[to] = to, new, use
+        self.seat_of[new], self.row_in[to], self.used[to] = to, new, use
         self.moved += len(old) + len(new)
 
     def copy(self, to, to_rows, source, source_rows):
@@ -233,8 +233,8 @@ class HostRows(DeviceRows):
             copy_rows(to, to_device(to_rows, self.device), source, to_device(source_rows, self.device))
 
     def flush(self):
-        slots = np.flatnonzero(self.row_in >= 0)
-        self.copy(self.home, self.row_in[slots], self.near, slots)
+        seats = np.flatnonzero(self.row_in >= 0)
+        self.copy(self.home, self.row_in[seats], self.near, seats)
         if self.stream:
             self.stream.synchronize()
         return self.host
@@ -243,7 +243,7 @@ class HostRows(DeviceRows):
         if self.stream:
             self.stream.synchronize()  # it may still write some back
         super().put(rows, values, last)
-        self.make_slots(0)  # or the copies there would win
+        self.make_seats(0)  # or the copies there would win
 
 
 def host_memory(shape, dtype, device):
@@ -314,7 +314,7 @@ class StoredBank(nn.Module):
         self.register_buffer("place", torch.ones(vocab_size, dtype=torch.int64, device=device),
                              persistent=False)  # of an id in the working set; its length for those not there
         self.vocab_size, self.steps = vocab_size, Steps(dtype, device)
-        self.borrowed = None  # what is borrowed: its Share, the rows of this process among it, their slots
+        self.borrowed = None  # what is borrowed: its Share, the rows of this process among it, their seats
         self.prefetched = None  # the Share of the next read, if prefetch said which
         shape = len(range(self.rank, vocab_size, self.n)), 3, n_slots, dim
         self.rows = (DeviceRows if home == "gpu" else HostRows)(shape, dtype, device)
@@ -358,14 +358,14 @@ class StoredBank(nn.Module):
         else:
             share = self.share(ids)
         held, at = to_device(share.rows, device), to_device(share.at, device)
-        slots, c = self.rows.hold(share.rows), self.steps.c[self.rows.last[held]]
+        seats, c = self.rows.hold(share.rows), self.steps.c[self.rows.last[held]]
         out = self.room(len(ids))
         rows = out if self.n == 1 else out.new_empty(len(at), *out.shape[1:])
-        read_rows(rows, self.rows.near, slots[at], c[at], self.steps.constants(0))
+        read_rows(rows, self.rows.near, seats[at], c[at], self.steps.constants(0))
         exchange(rows, share.sent, share.received, out)
         self.place.fill_(len(self.working_set.weight))  # an id that was not read has no place
         self.place[to_device(ids[share.order], device)] = torch.arange(len(ids), device=device)
-        self.borrowed = share, held, slots
+        self.borrowed = share, held, seats
 
     def prefetch(self, ids):
         """Says which ids the next `read` will have, while the GPU works on this step. All processes call it,
@@ -403,12 +403,12 @@ class StoredBank(nn.Module):
         be read again."""
         if self.borrowed is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the step")
-        (share, held, slots), weight, steps = self.borrowed, self.working_set.weight, self.steps
+        (share, held, seats), weight, steps = self.borrowed, self.working_set.weight, self.steps
         n, last = len(share.ids), self.rows.last[held]
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
         decay = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
         g = exchange(g, share.received, share.sent)  # back, the way that the rows came
-        update_rows(self.rows.near, slots, steps.c[last], decay, g,
+        update_rows(self.rows.near, seats, steps.c[last], decay, g,
                     to_device(share.sources, held.device), steps.constants(lr))
         steps.count(lr)
         self.rows.last.index_fill_(0, held, steps.t)  # [held] = t would wait for the GPU

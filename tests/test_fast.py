@@ -846,7 +846,7 @@ def test_rows_of_a_store_are_read_and_updated(dtype, width):
     """As by move_store.py without kernels, in float64."""
     near = torch.randn(9, 3, 1, width, device=DEVICE).to(dtype)
     near[:, 2].abs_()
-    slots = torch.tensor([4, 0, 8, 3], device=DEVICE)
+    seats = torch.tensor([4, 0, 8, 3], device=DEVICE)
     c, decay = torch.rand(4, device=DEVICE), torch.rand(2, 4, device=DEVICE)
     g = torch.randn(6, 1, width).to(near)
     sources = torch.tensor([[5, 0, -1, 2], [-1, 1, 3, -1], [4, -1, -1, -1]], device=DEVICE)
@@ -855,11 +855,11 @@ def test_rows_of_a_store_are_read_and_updated(dtype, width):
     total = torch.stack([g[5].double() + g[4], g[0].double() + g[1], g[3].double(), g[2].double()]).cpu()
     others = [t.cpu().double() for t in (c, decay, constants)]
     expected = torch.empty(4, 1, width, dtype=torch.float64)
-    move_store.read_rows(expected, exact, slots.cpu(), others[0], others[-1])
-    move_store.update_rows(exact, slots.cpu(), *others[:2], total, torch.arange(4).unsqueeze(0), others[-1])
-    move_fast.read_rows(out, near, slots, c, constants)
+    move_store.read_rows(expected, exact, seats.cpu(), others[0], others[-1])
+    move_store.update_rows(exact, seats.cpu(), *others[:2], total, torch.arange(4).unsqueeze(0), others[-1])
+    move_fast.read_rows(out, near, seats, c, constants)
     assert torch.allclose(out.cpu().double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-    move_fast.update_rows(near, slots, c, decay, g, sources, constants)
+    move_fast.update_rows(near, seats, c, decay, g, sources, constants)
     assert torch.allclose(near.cpu().double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 

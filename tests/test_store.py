@@ -302,7 +302,7 @@ def test_a_read_that_ends_early_leaves_no_other_rows(monkeypatch):
     bank, step, content = one_bank("host")
     step(range(5))
     saved = content()["rows"]
-    with monkeypatch.context() as patch:  # no memory for more slots
+    with monkeypatch.context() as patch:  # no memory for more seats
         patch.setattr(torch.Tensor, "new_empty", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             bank.read(np.arange(50))
@@ -416,10 +416,10 @@ def test_only_rows_that_are_needed_move():
         return rows.moved - before
 
     assert moved(*range(100)) == 100
-    slots = len(rows.row_in)
-    assert 100 <= slots < 250
+    seats = len(rows.row_in)
+    assert 100 <= seats < 250
     assert moved(*range(100)) == 0 and moved(*range(50)) == 0
-    new = slots - 100  # there is room for these
+    new = seats - 100  # there is room for these
     assert moved(*range(500, 500 + new)) == new
     assert moved(*range(50)) == 0
     assert moved(700, 701, 702) == 6  # three came and three went, of those that were not used for longest
@@ -431,7 +431,7 @@ def test_only_rows_that_are_needed_move():
     assert moved(*range(50, 100)) == 0  # they were in use when the others came
     bank.prefetch(np.arange(0, 900))  # comes as far as there is room
     assert moved(*range(50, 100)) == 0 and moved(*range(400)) > 0
-    assert moved(*range(900)) > 800 and len(rows.row_in) >= 900  # more slots
+    assert moved(*range(900)) > 800 and len(rows.row_in) >= 900  # more seats
 
 
 @every_home
