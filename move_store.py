@@ -522,9 +522,9 @@ def load_stored(bank, files, step):
     bank.steps.t, bank.steps.c = step, files[0][0]["c"].clone().to(bank.place.device)
 
 
-def load_plain(weight, files, step, betas=(0.8, 0.95), eps=1e-10, moments=None):
-    """Fills the weight (V, M, d) of a plain bank, and AdamW's moments (exp_avg, exp_avg_sq) if they are
-    given, from the files of a checkpoint: all rows as they are after `step`."""
+def load_plain(weight, files, step, eps=1e-10, moments=None, betas=None):
+    """Fills the weight (V, M, d) of a plain bank, and AdamW's moments (exp_avg, exp_avg_sq), which fade by
+    betas, if they are given, from the files of a checkpoint: all rows as they are after `step`."""
     c = files[0][0]["c"]
     for ids, rows, last in pieces(files):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -263,6 +263,7 @@ def restore(folder, model, optimizers=()):
     step, names = state["step"], banks_of(model)
     with damage_named(path):
         moments, trains = state["optimizers"], bool(optimizers)
+        group_of = {p: group for o in optimizers for group in o.param_groups for p in group.get("params", ())}
         if stored and not files:
             files = {name: rows_in_checkpoint(state, f"{name}.weight") for name in names}
         for name in names:
@@ -270,9 +271,13 @@ def restore(folder, model, optimizers=()):
                 load_stored(stored[name], files[name], step)
             elif files:
                 weight = model.get_submodule(name).weight
-                m, v = (torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2)) if trains else (0, 0)
-                load_plain(weight.data, files[name], step, moments=(m, v) if trains else None)
-                if trains and step:
+                if not trains:
+                    load_plain(weight.data, files[name], step)
+                    continue
+                m, v = (torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2))
+                betas, eps = (group_of[weight][key] for key in ("betas", "eps"))
+                load_plain(weight.data, files[name], step, eps, (m, v), betas)
+                if step:
                     moments[f"{name}.weight"] = dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
         weights = {name: tensor for name, tensor in state["model"].items()
                    if name not in {f"{bank}.weight" for bank in stored}}

@@ -15,7 +15,9 @@ import torch
 from conftest import HERE, command, fails, log_of
 from test_training import checkpoint, start
 
+import move
 import move_store
+import optimizers
 import run_folder
 import train_gpt
 from move import GPT, GPTConfig, memory_parameter_groups
@@ -704,6 +706,26 @@ def test_a_run_with_the_bank_in_host_memory(runs, capsys):
     assert len(set(texts)) == 1 and len(texts[0]) > 10
     model, _ = train_gpt.load_run(runs["host"])
     assert (model.bank.weight - train_gpt.load_run(runs["gpu"])[0].bank.weight).abs().mean() < 0.01
+
+
+def test_moments_fade_by_the_betas_of_the_run(data_dir, tmp_path, monkeypatch):
+    """In a code whose betas were edited: rows that no batch reads end with the moments of a plain bank."""
+    real, found = move.memory_parameter_groups, []
+
+    def edited(*args):
+        return [{**group, "betas": (0.5, 0.9)} for group in real(*args)]
+
+    monkeypatch.setattr(optimizers, "memory_parameter_groups", edited)
+    for home in HOMES:
+        train_gpt.main(command(data_dir, tmp_path / home, "--bank_home", home, "--max_steps", 12))
+        model = GPT(GPTConfig(**checkpoint(tmp_path / "gpu")["config"]))
+        both = make_optimizers(model)
+        run_folder.restore(tmp_path / home, model, both)
+        found.append(both[1].state[model.bank.weight])
+    for key in ("exp_avg", "exp_avg_sq"):
+        a, b = (state[key] for state in found)
+        rare = (a.flatten(1).abs().amax(1) > 0) & (a.flatten(1).abs().amax(1) < 1e-3 * a.abs().max())
+        assert rare.sum() > 20 and (a[rare] - b[rare]).norm() < 0.05 * a[rare].norm()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
