@@ -279,6 +279,8 @@ def set_up_machine(args):
         if "RANK" in os.environ:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     except (ValueError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            raise
         raise UserError(f"cannot start the processes ({first_line(error)}); use torchrun") from None
     machine.rank, machine.world_size = move_store.processes()
     if machine.world_size == 1 and args.device == "cpu" and sys.platform == "linux":

@@ -190,16 +190,14 @@ class Lab:
 
 def take_gpu(free):
     """A new process of the pool trains on a GPU of its own."""
-    gpu = free.get()
-    os.environ["LOCAL_RANK"] = str(gpu)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
+    os.environ["LOCAL_RANK"] = str(free.get())
 
 
 def is_done(run, folder):
     """Whether a run has ended, and left the checkpoint that is to be kept."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
-    if not settings.exists() or not settings.read_text().startswith(settings_of(run) + "\n"):
+    content = settings.read_text() if settings.exists() else ""
+    if not content.startswith(settings_of(run) + "\n") or (run.look and content.endswith("\nnull\n")):
         return False
     if run.keep:
         try:
@@ -229,11 +227,7 @@ def train_run(run, folder):
     settings.unlink(missing_ok=True)
     with open(folder / f"{run.name}.txt", "w") as file, contextlib.redirect_stdout(file):
         try:
-            given = vars(make_parser().parse_args([*run.arguments(), f"--out_dir={path}"]))
-            args = resolve_flags(given, DEFAULTS)
-            model, _ = train_text(args, set_up_machine(args), None, run.change, run.optimizers_of, run.part)
-            found = run.look(model.eval(), data_of(run)) if run.look else None
-            del model  # before its memory is freed
+            content = train_and_look(run, path)
         except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
@@ -243,10 +237,18 @@ def train_run(run, folder):
                 torch.cuda.empty_cache()
     if not run.keep:
         (path / "checkpoint.pt").unlink()
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    content = f"{settings_of(run)}\n{machine}, PyTorch {torch.__version__}\n{json.dumps(found)}\n"
     write_file(settings, lambda file: file.write(content.encode()))
     return None
+
+
+def train_and_look(run, path):
+    """What <run>.json holds, a line each: settings, machine and PyTorch, what `look` found."""
+    given = vars(make_parser().parse_args([*run.arguments(), f"--out_dir={path}"]))
+    args = resolve_flags(given, DEFAULTS)
+    model, _ = train_text(args, set_up_machine(args), None, run.change, run.optimizers_of, run.part)
+    found = run.look(model.eval(), data_of(run)) if run.look else None
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    return f"{settings_of(run)}\n{machine}, PyTorch {torch.__version__}\n{json.dumps(found)}\n"
 
 
 def result(run, folder):

@@ -580,6 +580,7 @@ class FastMoVEAttention(move.MoVEAttention):
         return self.mixer(x, self.w_v, memory)
 
     def queries_and_keys(self, x, rotary):
+        refuse_changes(self)  # there may be no bank in the model that looks
         both = F.linear(x, torch.cat((self.w_q.weight, self.w_k.weight)).to(x.dtype))
         heads = both.unflatten(-1, (2 * self.n_heads, -1)).chunk(2, dim=-2)
         return [move.apply_rotary_emb(move.rms_norm(t), rotary) for t in heads]
@@ -689,6 +690,8 @@ def what_changed(module):
 
 
 def refuse_changes(module):
+    if torch.compiler.is_compiling():  # checked_ids does it at run time
+        return
     if what := what_changed(module):
         raise RuntimeError(f"{what} after accelerate(): call accelerate() again, which then leaves the "
                            "model on the reference")
@@ -717,8 +720,8 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
     """Token ids (B, T), int64 or int32 → the same (N,), int32. IndexError (a device-side assert on CUDA)
     for an id out of range.
 
-    An op, so that it also runs inside compiled graphs: there it is the one place that sees what was
-    changed since accelerate(), and refuses it. key: of the bank or GPT that asks, or 0 for none.
+    An op, so that it also runs inside compiled graphs: for a model with a bank it is the one place that
+    sees what was changed since accelerate(), and refuses it. key: of the bank or GPT that asks, or 0.
     """
     if idx.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"token ids must be int64 or int32, not {idx.dtype}")

@@ -205,6 +205,12 @@ def test_results_of_another_data_set_are_not_taken(toy, data_dir, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "FORMAT", 10**6)  # another version of the program
         assert not lab.is_done(kept, tmp_path / "runs") and lab.is_done(run, tmp_path / "runs")
+    looked = dataclasses.replace(run, look=lambda model, data: dict(x=np.float32(1)))
+    assert not lab.is_done(looked, tmp_path / "runs")  # nobody has looked
+    assert "TypeError" in lab.train_run(looked, tmp_path / "runs")
+    looked.look = lambda model, data: dict(x=1)
+    assert lab.train_run(looked, tmp_path / "runs") is None and lab.is_done(looked, tmp_path / "runs")
+    assert lab.result(looked, tmp_path / "runs")["look"] == dict(x=1)
     run.flags["seq_len"] = 16
     assert not lab.is_done(run, tmp_path / "runs")
     run.flags["seq_len"] = TOY["seq_len"]

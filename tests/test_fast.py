@@ -679,6 +679,19 @@ def test_a_change_after_accelerate_is_honoured_or_raises(change, compiled, monke
     assert torch.allclose(model(idx, idx), reference(idx, idx), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["none", "lave"])
+def test_a_change_in_a_model_without_a_shared_bank(kind):
+    """Of somebody's own, which has an attention of ours but no GPT."""
+    model = torch.nn.ModuleDict(dict(attention=random_model(small_config(**KINDS[kind])).blocks[0].attention))
+    assert accelerate(model)
+    attention, x = model["attention"], torch.randn(1, 5, 128, device=DEVICE)
+    rotary = [table.to(DEVICE) for table in move.rotary_embedding(torch.arange(5).unsqueeze(1), 128)]
+    attention.queries_and_keys(x, rotary)
+    attention.w_q.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError):
+        attention.queries_and_keys(x, rotary)
+
+
 HOOKS = {"forward": ("w_q", "register_forward_hook"), "backward": ("w_k", "register_full_backward_pre_hook"),
          "head": ("head", "register_full_backward_hook"), "bank": ("bank", "register_full_backward_hook")}
 
