@@ -350,9 +350,9 @@ def link_speed(device, size=1 << 30):
 
 
 def store(args):
-    """Whole training steps with the bank in several homes, in turn, round after round, each step with ids of
-    its own from a 1/rank law. torchrun deals the bank out: each process has as many tokens as one alone. Rows
-    that move come from host memory or go back, with both moments."""
+    """Whole training steps with the bank in several homes, in another order in each round, each step with ids
+    of its own from a 1/rank law. torchrun deals the bank out: each process has as many tokens as one alone.
+    Rows that move come from host memory or go back, with both moments."""
     at_least_one(args, "tokens", "seq_len", "vocab_size", "rounds", "steps", "depth")
     if args.tokens % args.seq_len:
         raise UserError(f"--tokens {args.tokens} is not a multiple of --seq_len {args.seq_len}")

@@ -194,7 +194,7 @@ def take_gpu(free):
 
 
 def is_done(run, folder):
-    """Whether a run has ended, and left the checkpoint that is to be kept."""
+    """Whether a run has ended, and left what its look found and the checkpoint that is to be kept."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
     content = settings.read_text() if settings.exists() else ""
     if not content.startswith(settings_of(run) + "\n") or (run.look and content.endswith("\nnull\n")):

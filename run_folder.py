@@ -275,7 +275,7 @@ def restore(folder, model, optimizers=()):
                     load_plain(weight.data, files[name], step)
                     continue
                 m, v = (torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2))
-                betas, eps = (group_of[weight][key] for key in ("betas", "eps"))  # a checkpoint has none
+                betas, eps = (group_of[weight][key] for key in ("betas", "eps"))  # of today: none are saved
                 load_plain(weight.data, files[name], step, eps, (m, v), betas)
                 if step:
                     moments[f"{name}.weight"] = dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
