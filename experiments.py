@@ -13,7 +13,8 @@
     mla               the memory in the latent: bits per byte, bytes of the cache, speed of decoding
     keys              rows found by a hash of the last two ids instead of the last one
     late              a memory for a model that is trained already
-    recipe            learning rates, optimizers and start of the memory, one change at a time
+    rates             does the rate of the bank suit each number of slots?
+    recipe            optimizers and start of the memory, one change at a time
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
 out/experiments/<name>-<dataset>.json and .png, or <name>-<dataset>-dN with --depth N. Then there are checks
@@ -92,13 +93,18 @@ def parity(lab):
              ylabel="validation, bits per byte") for against in axes])
 
 
+def sizes_for(depth):
+    """The numbers of slots M that are compared: L/4, L/2, L, 2L, 4L, in deep models the middle three."""
+    factors = (1 / 4, 1 / 2, 1, 2, 4) if depth < 12 else (1 / 2, 1, 2)
+    return sorted({max(1, round(depth * factor)) for factor in factors})
+
+
 def scaling(lab):
     """More slots: M = L/4, L/2, L, 2L, 4L for MoVE and for LaVE with as many tables, at several depths."""
     depths = [lab.depth] if lab.args.depth else [2, 4] if lab.args.quick else [4, 8]
     methods, sizes = {}, {}
     for depth in depths:
-        factors = (1 / 4, 1 / 2, 1, 2, 4) if depth < 12 else (1 / 2, 1, 2)
-        sizes[depth] = sorted({max(1, round(depth * factor)) for factor in factors})
+        sizes[depth] = sizes_for(depth)
         methods["none", 0, depth] = lab.runs("none", depth=depth)
         for memory, n_slots in itertools.product(("lave", "move"), sizes[depth]):
             methods[memory, n_slots, depth] = lab.runs(memory, n_slots, depth=depth)
@@ -589,12 +595,44 @@ def frozen_gates(model, data, sequences=32):
     return found
 
 
+def note_of(label):
+    """A label as part of the name of a run."""
+    return re.sub("[^a-z0-9.]+", "_", label.replace("β", "beta").replace("×", "x").lower())
+
+
+def rates(lab):
+    """The rate of the bank × 1/2, 1, 2, 4 for the M of `scaling`, of MoVE and LaVE: does one rule suit all,
+    and what are more slots worth where each M has its own best rate?"""
+    factors, sizes, methods = (1 / 2, 1, 2, 4), sizes_for(lab.depth), {}
+    for memory, n_slots, factor in itertools.product(("lave", "move"), sizes, factors):
+        label = f"rate of the bank × {factor:g}"
+        change = dict(note=note_of(label), optimizers_of=functools.partial(varied_optimizers, bank=factor))
+        methods[memory, n_slots, factor] = lab.runs(memory, n_slots, **(change if factor != 1 else {}))
+    done, best, sentences = lab.train(methods), {}, []
+    for memory, n_slots in itertools.product(("lave", "move"), sizes):
+        factor = best[memory, n_slots] = min(factors, key=lambda f: mean(done[memory, n_slots, f]))
+        about = f"{memory}, M = {n_slots}, rate × "
+        sentences.append(f"{about}1 is the best." if factor == 1 else
+                         compare(f"{about}{factor:g}, the best,", done[memory, n_slots, factor], "× 1",
+                                 done[memory, n_slots, 1]))
+    for memory, n_slots in itertools.product(("lave", "move"), sizes[1:]):
+        sentences.append(compare(f"{memory}, each at its best rate: M = {n_slots}",
+                                 done[memory, n_slots, best[memory, n_slots]], f"M = {sizes[0]}",
+                                 done[memory, sizes[0], best[memory, sizes[0]]]))
+    table = lab.table(["memory", "M", *(f"rate × {factor:g}" for factor in factors)],
+                      [[memory, n, *(spread(done[memory, n, factor]) for factor in factors)]
+                       for memory, n in best])
+    lab.write(table, sentences, [
+        dict(lines={f"{memory}, M = {n}": (factors, [mean(done[memory, n, factor]) for factor in factors])
+                    for n in sizes}, xlabel="factor on the rate of the bank",
+             ylabel="validation, bits per byte", xscale="log") for memory in ("lave", "move")])
+
+
 def recipe(lab):
-    """One change at a time of how the memory learns, for few slots and many; and of LaVE's and of no
-    memory's rates, so that each method can be compared at its own best."""
+    """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
+    without memory, so that it is compared at its own best. For the rate of the bank see `rates`."""
     half, many = max(1, lab.depth // 2), 2 * lab.depth
-    rates = {f"rate of the bank × {factor:g}": dict(bank=factor) for factor in (1 / 4, 1 / 2, 2, 4)}
-    changes = {**rates, "routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
+    changes = {"routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
                "one second moment a row": dict(rows=RowAdamW),
                "one a row, touched rows only": dict(rows=RowAdam, bank=1 / 8)}
@@ -602,10 +640,9 @@ def recipe(lab):
 
     def add(memory, n_slots, label, options=None, **parts):
         """Runs with a change of the optimizers, or of other parts."""
-        note = re.sub("[^a-z0-9.]+", "_", label.replace("β", "beta").replace("×", "x").lower())
         if options:
             parts["optimizers_of"] = functools.partial(varied_optimizers, **options)
-        methods[memory, n_slots, label or "as it is"] = lab.runs(memory, n_slots, note, **parts)
+        methods[memory, n_slots, label or "as it is"] = lab.runs(memory, n_slots, note_of(label), **parts)
 
     for n_slots in (half, many):
         methods["move", n_slots, "as it is"] = lab.runs("move", n_slots, "gates", look=frozen_gates)
@@ -614,8 +651,7 @@ def recipe(lab):
         add("move", n_slots, "start with std 0.02", change=functools.partial(start_banks, std=0.02))
         add("move", n_slots, "bank in float32", flags=dict(bank_dtype="float32"))
     add("lave", half, "")
-    for label in ("rate of the bank × 0.5", "rate of the bank × 2", "routers by AdamW"):
-        add("lave", half, label, changes[label])
+    add("lave", half, "routers by AdamW", changes["routers by AdamW"])
     add("none", 0, "")
     for part, factor in itertools.product(("embedding", "head"), (1 / 2, 2)):
         add("none", 0, f"rate of the {part} × {factor:g}", {part: factor})
@@ -626,20 +662,13 @@ def recipe(lab):
                      *(average(looks, key, ".4f") for key in ("mean", "mean_of_id", "slot_cosine"))])
     table = lab.table(["memory", "M", "change", "bits per byte", "carried by gates", "by gates within an id",
                        "cosine of two slots"], rows)
-    best = {}
-    for (memory, n_slots, label), rs in done.items():
-        if mean(rs) < best.get((memory, n_slots), (np.inf,))[0]:
-            best[memory, n_slots] = mean(rs), label
-    scan = {1.0: "as it is", **{options["bank"]: label for label, options in rates.items()}}
-    lines = {f"M = {n}": (sorted(scan), [mean(done["move", n, scan[factor]]) for factor in sorted(scan)])
-             for n in (half, many)}
-    lab.write(table, [f"Best for {memory}, M = {n_slots}: {label}, {bits:.4f}."
-                      for (memory, n_slots), (bits, label) in best.items()],
-              [dict(lines=lines, xlabel="factor on the rate of the bank", ylabel="validation, bits per byte",
-                    xscale="log")])
+    lab.write(table, [compare(f"{memory}, M = {n_slots}, {label}", rs, "as it is",
+                              done[memory, n_slots, "as it is"])
+                      for (memory, n_slots, label), rs in done.items() if label != "as it is"])
 
 
-EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, late, recipe]
+EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, late, rates,
+               recipe]
 
 
 def main(argv=None):

@@ -142,7 +142,7 @@ def flags_of(script, *command):
 def flags():
     """Script → its flags."""
     found = {name: flags_of(name) for name in ("train_gpt", "train_image", "prepare_data")}
-    commands = ("parity scaling gates gradient_highway ablation gate_init mla keys recipe curves words "
+    commands = ("parity scaling gates gradient_highway ablation gate_init mla keys rates recipe curves words "
                 "digits overhead decode store")
     found["experiments"] = set().union(*(flags_of("experiments", name) for name in commands.split()))
     return found
