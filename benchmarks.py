@@ -25,7 +25,7 @@ from optimizers import make_optimizers
 from prepare_data import load_dataset, load_digits, split_images, state_of
 from run_folder import draw_curves, read_checkpoint
 from script import UserError, first_line, write_file
-from train_gpt import build, compile_parts, load_run, padded, sum_gradients
+from train_gpt import build, check_same_data, compile_parts, load_run, padded, sum_gradients
 
 
 def read_samples(path):
@@ -38,8 +38,11 @@ def read_samples(path):
         raise
     except Exception as error:  # there is no end to what bytes at random make a reader raise
         raise UserError(f"{path} is no file of train_image.py --save_npz ({error})") from None
-    if images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8 or classes.shape != images.shape[:1]:
-        raise UserError(f"{path} has images of shape {images.shape[1:]}, expected digits of (8, 8, 3)")
+    if images.shape[1:] != (8, 8, 3) or images.dtype != np.uint8 or not len(images):
+        raise UserError(f"{path} has images of shape {images.shape} and {images.dtype}, expected digits, "
+                        "uint8 of shape (N, 8, 8, 3)")
+    if classes.shape != images.shape[:1] or not np.isin(classes, range(10)).all():
+        raise UserError(f"{path} has not a class from 0 to 9 for each image")
     return images, classes
 
 
@@ -525,8 +528,10 @@ def words(args):
     are words of its data set, and whether it copies 60 characters in a row of the training text."""
     at_least_one(args, "seeds", "words")
     model, tokenizer = load_run(args.run)
-    flags = read_checkpoint(args.run)["flags"]
+    saved = read_checkpoint(args.run)
+    flags = saved["flags"]
     data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])
+    check_same_data(data, saved)
     source = tokenizer.decode(data.train.tolist())
     corpus = source + tokenizer.decode(data.val.tolist())
     vocabulary, total, known = set(re.findall(r"[\w']+", corpus.lower())), 0, 0
@@ -538,6 +543,8 @@ def words(args):
                                  top_k=flags["top_k"], n_ids=tokenizer.n_vocab, generator=generator)
             for row in torch.stack(list(ids), dim=1).tolist():
                 text += tokenizer.decode([id for id in row if id != tokenizer.eot_token]) + "\n"
+            if not re.search(r"[\w']", text):
+                raise UserError(f"the run in {args.run} writes no words; train it for longer")
         found = [word in vocabulary for word in re.findall(r"[\w']+", text.lower())]
         total, known = total + len(found), known + sum(found)
         copy = copied(text, source, 60)
@@ -579,7 +586,7 @@ def add_commands(commands):
     add("--variants", nargs="+", default=VARIANTS, help="the first is what the others are compared with")
     add("--tokens", type=int, default=32768, help="of a micro-batch")
     add("--seq_len", type=int, default=2048, help="tokens of a sequence")
-    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that, in heads of 128")
     add("--bank_dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the memory")
     add("--vocab_size", type=int, default=50304, help="where ids are drawn")
     add("--dataset", help="take the ids of this data set of text")
@@ -591,7 +598,7 @@ def add_commands(commands):
     add("--homes", choices=["gpu", "host"], nargs="+", default=["gpu", "host"], help="of the bank")
     add("--tokens", type=int, default=32768, help=f"of a micro-batch, of {MICRO_BATCHES} a step")
     add("--seq_len", type=int, default=2048, help="tokens of a sequence")
-    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that, in heads of 128")
     add("--vocab_size", type=int, default=50304, help="of the random ids")
     add("--steps", type=int, default=8, help="of a round")
     add("--rounds", type=int, default=6, help="measured rounds of each variant")
@@ -601,7 +608,7 @@ def add_commands(commands):
                                           "move-x4-mla"], help="what is measured")
     add("--batch", type=int, nargs="+", default=[1, 64], help="sequences at once")
     add("--seq_len", type=int, default=512, help="tokens of a sequence")
-    add("--depth", type=int, default=12, help="layers; the width is 64 times that")
+    add("--depth", type=int, default=12, help="layers; the width is 64 times that, in heads of 128")
     add("--vocab_size", type=int, default=50304, help="number of ids")
     add("--bank_home", choices=["gpu", "host"], default="gpu", help="where the memory is")
     add("--rounds", type=int, default=5, help="sequences of each, plain, by graph and compiled")

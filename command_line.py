@@ -32,7 +32,7 @@ SAMPLING_FLAGS = {"prompt", "sample", "save_npz", "temperature", "top_k", "top_p
                   "num_samples", "cfg_scale"}
 FREE_FLAGS = {"device", "data_dir", "bank_home"} | MACHINE_FLAGS | OUTPUT_FLAGS | SAMPLING_FLAGS
 LIMITS = dict(  # least and most
-    depth=(1, 1000), kv_rank=(1, 10**6), seq_len=(2, 10**7), move_scale=(0, 10**4), batch_tokens=(1, 10**12),
+    depth=(1, 1000), kv_rank=(1, 10**6), seq_len=(1, 10**7), move_scale=(0, 10**4), batch_tokens=(1, 10**12),
     micro_batch=(1, 10**6), max_steps=(1, 10**9), lr_scale=(1e-30, 1e30), seed=(0, 2**63 - 1),
     eval_every=(1, 10**9), eval_tokens=(1, 10**12), save_every=(1, 10**9), log_every=(1, 10**9),
     temperature=(0, 100), top_k=(1, 10**6), top_p=(1e-6, 1), max_new_tokens=(1, 10**7),
@@ -64,7 +64,7 @@ def training_parser(description, defaults, sizes=None):
         action=both)
     add(model, "attention", "multi-head or latent attention", choices=["mha", "mla"])
     add(model, "kv_rank", "mla: width of the latent (default: half the model's)", type=int)
-    add(model, "depth", "layers; the width is 64·depth", type=int)
+    add(model, "depth", "layers; the width is 64·depth, rounded up to heads of 128", type=int)
     if sizes:
         add(model, "size", "a model of LlamaGen's size, instead of --depth", choices=sizes)
     else:
@@ -90,7 +90,7 @@ def training_parser(description, defaults, sizes=None):
         "--resume and for sampling)", type=Path)
     add(output, "resume", "go on from the checkpoint of the run", action="store_true")
     add(output, "eval_every", "steps between evaluations", type=int)
-    add(output, "eval_tokens", "validation tokens of an evaluation, at most", type=int)
+    add(output, "eval_tokens", "validation tokens of an evaluation, at most; at least a sequence", type=int)
     add(output, "save_every", "steps between checkpoints", type=int)
     add(output, "log_every", "steps between lines of the log", type=int)
     sampling = parser.add_argument_group("sampling")
@@ -157,6 +157,8 @@ def resolve_flags(given, defaults, saved_flags=None):
         value = getattr(args, flag, None)
         if value is not None and not least <= value <= most:  # nan is refused, too
             raise UserError(f"--{flag} must be from {least:g} to {most:g}, not {str(value)[:40]}")
+    if 0 < (getattr(args, "temperature", None) or 0) < 1e-6:
+        raise UserError(f"--temperature must be 0, or from 1e-6 to 100, not {args.temperature}")
     if Path(args.dataset).name != args.dataset or args.dataset in ("", ".", ".."):
         raise UserError(f"--dataset must be the name of a folder in {args.data_dir}, not {args.dataset!r}")
     if args.kv_rank is not None and args.attention != "mla":

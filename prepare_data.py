@@ -433,8 +433,9 @@ def in_hash_order(contents):
 
 def split_documents(documents):
     """(train, val): whole documents in the order of their hashes, so that no text is in both. A hundredth
-    goes to val, a tenth of a set under 10 MB. Where that leaves val less than half full, it gets the end of
-    the longest document. Empty documents and duplicates are dropped. UserError if there is too little."""
+    goes to val, a tenth of a set under 10 MB, and less than twice that. Where val would be less than half
+    full, it gets the end of the longest document. Empty documents and duplicates are dropped. UserError if
+    there is too little."""
     documents = [document for document in documents if document.strip()]
     documents = [documents[i] for i in in_hash_order(document.encode() for document in documents)]
     size = sum(map(len, documents))

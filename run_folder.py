@@ -22,11 +22,6 @@ from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 from move import GPT, GPTConfig, ValueBank
 from move_store import (
     StoredBank,
@@ -38,7 +33,7 @@ from move_store import (
 )
 from optimizers import Muon
 from prepare_data import check_meta, decoder_files, identity
-from script import UserError, check_form, first_line, make_folder, write_file
+from script import UserError, check_form, first_line, lock, make_folder, require_utf8, write_file
 
 # ------------------------------------------------------------------------------ the folder and its lock
 
@@ -67,16 +62,9 @@ def only_run(folder, resume):
             (folder / "log.jsonl").is_file() and is_our_log(folder / "log.jsonl")):
         raise UserError(f"{folder} holds files that are not a run's; give another --out_dir")
     # Neither truncated nor followed where it is a link: whatever lies there stays as it is.
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-            except BlockingIOError:
-                raise UserError(f"another process trains in {folder}; wait for it, "
-                                "or give another --out_dir") from None
-            except OSError:  # a file system without locks
-                pass
+        lock(file, f"another process trains in {folder}; wait for it, or give another --out_dir")
         if not resume and (folder / "checkpoint.pt").exists():
             raise UserError(f"{folder} holds a run already; go on with --resume (and a larger --max_steps, "
                             "if it has ended), or give another --out_dir")
@@ -85,7 +73,7 @@ def only_run(folder, resume):
                 path.unlink()
         yield
     finally:
-        os.close(lock)
+        os.close(file)
 
 
 def copy_decoder(data, folder):
@@ -203,14 +191,17 @@ def require(true, problem):
         raise ValueError(problem)
 
 
-def read_checkpoint(folder, mmap=True):
-    """The dict that save_checkpoint wrote, its form checked, tensors on the CPU. With mmap they stay on disk
-    until they are used, and the rest is read at once. UserError if it is missing or damaged."""
+def read_checkpoint(folder, verify=False):
+    """The dict that save_checkpoint wrote, its form checked, tensors on the CPU. UserError if it is missing
+    or damaged. verify: each bit is read and checked, else tensors stay on disk until they are used."""
     path = folder / "checkpoint.pt"
+    require_utf8(path, "--out_dir")
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}; train first, or give the --out_dir of a run")
     with damage_named(path):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+        if verify:
+            check_archive(path)
         found = state.get("format") if isinstance(state, dict) else None
         if type(found) is int and 0 <= found != FORMAT:
             raise other_version(path, f"its format is {found}, not {FORMAT}")
@@ -251,10 +242,9 @@ def restore(folder, model, optimizers=()):
     """
     path, stored = folder / "checkpoint.pt", stored_banks(model)
     while True:
-        state = read_checkpoint(folder, mmap=False)
+        state = read_checkpoint(folder, verify=True)
         try:
             with damage_named(path):
-                check_archive(path)
                 files = read_rows(folder, state) if state["rows"] else {}
             break
         except UserError:  # a run that trains on may have replaced its files meanwhile
@@ -411,6 +401,7 @@ def draw_curves(folders, path):
     later = []  # validation after the first evaluation, which is far above the others
     for i, folder in enumerate(folders):
         color, name = f"C{i}", folder.name if len(folder.name) <= 30 else "…" + folder.name[-29:]
+        name = name.replace("$", r"\$")  # it is no formula
         loss.plot(*read_log(folder, "loss"), color=color, label=name)
         for unit in ("bits per byte", "bits per image token"):
             steps, values = read_log(folder, "val_" + unit.replace(" ", "_"))

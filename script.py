@@ -8,6 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class UserError(Exception):
     """An error that the user can fix: one line that says what was wrong, what was expected, what to do."""
@@ -67,7 +72,20 @@ def run(main, advice="close other programs"):
 
 
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of its message that says something, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def lock(file, message):
+    """Locks an open file, or its number, until it is closed, however the process ends. UserError with the
+    message if another process has locked it. Windows and some file systems have no locks: nothing is kept."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:
+            pass
 
 
 def write_file(path, write):
@@ -95,11 +113,21 @@ def write_file(path, write):
 
 
 def make_folder(folder, flag):
-    """Makes a folder and those above it. UserError if a file is in the way; flag: which one names another."""
+    """Makes a folder and those above it. UserError if a file is in the way, or if its name is not UTF-8,
+    which torch.load cannot read; flag: which one names another."""
+    require_utf8(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder} cannot be a folder, a file is in the way; give another {flag}") from None
+
+
+def require_utf8(text, flag):
+    """UserError if a text or path of the command line is not UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(text)!r} is not UTF-8; give another {flag}") from None
 
 
 def check_form(value, form, name):

@@ -51,7 +51,7 @@ from run_folder import (
     save_rows,
     update_curves,
 )
-from script import UserError, memory_advice, run
+from script import UserError, memory_advice, require_utf8, run
 
 # Defaults follow the device: a D12 on a GPU; on other devices what two cores train in three minutes.
 # micro_batch is the largest that is tried.
@@ -660,6 +660,7 @@ def main(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     sampling, saved = "prompt" in given, None
+    require_utf8(given.get("prompt", ""), "--prompt")
     if sampling or "resume" in given:
         saved = find_run(given, "text", sampling, parser)
     args = resolve_flags(given, DEFAULTS, saved and saved["flags"])

@@ -59,6 +59,8 @@ def apply(changes, text):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("give the folder of nanoGPT")
     folder = Path(sys.argv[1])
     changed = {name: apply(changes, (folder / name).read_text()) for name, changes in CHANGES.items()}
     for name, text in changed.items():

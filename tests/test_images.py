@@ -922,7 +922,28 @@ def test_bad_flags_and_files(finished, digits_dir, tmp_path):
         (tmp_path / "samples.npz").write_bytes(content)
         fails(experiments, ["digits", tmp_path / "samples.npz"], "samples.npz")
     np.savez(tmp_path / "samples.npz", np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2))
-    fails(experiments, ["digits", tmp_path / "samples.npz"], r"\(4, 4, 3\).*\(8, 8, 3\)")
+    fails(experiments, ["digits", tmp_path / "samples.npz"], r"\(2, 4, 4, 3\).*\(N, 8, 8, 3\)")
+    for n, classes in ((0, np.zeros(0)), (2, np.zeros(1)), (2, np.array(["a", "b"])), (2, np.array([9, 10]))):
+        np.savez(tmp_path / "samples.npz", np.zeros((n, 8, 8, 3), np.uint8), classes)
+        fails(experiments, ["digits", tmp_path / "samples.npz"], "samples.npz")
+
+
+def test_images_of_one_code(tmp_path):
+    """Two by two pixels: they train, go on and are sampled."""
+    rng = np.random.default_rng(0)
+    for name in ("bright", "dark"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 128, (2, 2, 3)) + 127 * (name == "bright")
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pictures" / name / f"{i}.png")
+    prepare_data.main(["--images", str(tmp_path / "pictures"), "--name", "pixels", "--image_size", "2",
+                       "--codebook_size", "4", "--data_dir", str(tmp_path)])
+    flags = ["--out_dir", str(tmp_path / "run"), "--device", "cpu"]
+    train_image.main(["--dataset", "pixels", "--data_dir", str(tmp_path), *flags, "--depth", "1",
+                      "--max_steps", "1", "--batch_tokens", "8"])
+    train_image.main(["--resume", "--max_steps", "2", *flags])
+    train_image.main(["--sample", *flags])
+    assert (tmp_path / "run" / "samples_2.png").exists()
 
 
 def test_out_of_memory_says_what_to_lower(digits_dir, tmp_path, monkeypatch):

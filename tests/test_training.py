@@ -28,6 +28,7 @@ import move_store
 import optimizers
 import prepare_data
 import run_folder
+import script
 import train_gpt
 from move import GPT, GPTConfig
 from optimizers import Muon, make_optimizers, orthogonalize, schedule
@@ -54,7 +55,7 @@ def start(*arguments, script="train_gpt.py", prefix=(), **options):
 
 
 def checkpoint(folder):
-    return run_folder.read_checkpoint(folder, mmap=False)
+    return run_folder.read_checkpoint(folder, verify=True)
 
 
 def same(a, b):
@@ -354,8 +355,32 @@ def test_a_file_system_without_locks(data_dir, tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr(script.fcntl, "flock", flock)
     train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1))
+
+
+def test_a_sequence_of_one_token(data_dir, tmp_path, capsys):
+    """Trains, goes on and writes: each token from the one before alone."""
+    flags = ["--seq_len", 1, "--batch_tokens", 4, "--micro_batch", 2, "--eval_tokens", 4]
+    train_gpt.main(command(data_dir, tmp_path / "run", *flags, "--max_steps", 1))
+    train_gpt.main(["--resume", "--max_steps", "2", "--out_dir", str(tmp_path / "run")])
+    train_gpt.main(["--prompt", "", "--out_dir", str(tmp_path / "run")])
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_names_that_are_not_utf8(data_dir, finished, tmp_path):
+    """A run in such a folder could be trained, but not be read again."""
+    name = os.fsdecode(b"caf\xe9")
+    fails(train_gpt, command(data_dir, tmp_path / name, "--max_steps", 1), "caf.*out_dir")
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(finished, tmp_path / name)  # it was renamed
+    fails(train_gpt, ["--prompt", "x", "--out_dir", tmp_path / name], "caf.*not UTF-8")
+    fails(train_gpt, ["--prompt", name, "--out_dir", finished], "--prompt")
+
+
+def test_curves_of_a_run_whose_name_is_no_formula(data_dir, tmp_path):
+    train_gpt.main(command(data_dir, tmp_path / "$a_{$", "--max_steps", 2, "--eval_every", 1))
+    assert (tmp_path / "$a_{$" / "curves.png").stat().st_size > 10_000
 
 
 def test_a_bank_in_bfloat16_is_saved_and_resumed(data_dir, tmp_path):
@@ -594,7 +619,8 @@ def test_bad_flags(data_dir, tmp_path):
             (["--move_scal"], "argument"), (["--unknown"], "unknown"), (["--lr_scale", 0], "lr_scale"),
             (["--lr_scale", 1e308], "lr_scale"), (["--seed", -1], "seed"), (["--seed", 10 ** 20], "seed"),
             (["--temperature", "nan"], "temperature"), (["--temperature", -1], "temperature"),
-            (["--seq_len", 1, "--batch_tokens", 4], "seq_len"), (["--top_k", 0], "top_k"),
+            (["--seq_len", 0, "--batch_tokens", 4], "seq_len"), (["--top_k", 0], "top_k"),
+            (["--temperature", 1e-7], "temperature"),
             (["--top_p", 0], "top_p"), (["--max_new_tokens", 0], "max_new_tokens"),
             (["--attention", "mla", "--kv_rank", 3, "--depth", 4], "kv_rank 3"),
             (["--kv_rank", 4], "kv_rank"), (["--dataset", "wikipedia"], "wikipedia"),
