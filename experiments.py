@@ -52,7 +52,7 @@ from move import GPT, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
 from prepare_data import token_bytes
 from run_folder import newest_run, read_checkpoint
-from script import ArgumentParser, make_folder, run
+from script import ArgumentParser, UserError, make_folder, run
 from train_gpt import TextWindows, load_run
 
 # ------------------------------------------------------------------------------------------ experiments
@@ -79,7 +79,7 @@ def gains(done):
 
 def parity(lab):
     """No memory, LaVE-×1 and MoVE-×1: bits per byte against steps and seconds."""
-    half = max(1, lab.depth // 2)
+    half = lab.slots
     done = lab.train({"none": lab.runs("none"), "LaVE-×1": lab.runs("lave", half),
                       "MoVE-×1": lab.runs("move", half)})
     table = lab.table(["method", "bits per byte", "tokens/s"],
@@ -138,7 +138,7 @@ def scaling(lab):
 
 def ablation(lab):
     """Two switches at equal parameters: one bank or a table a layer; a gate on the ordinary value or not."""
-    half = max(1, lab.depth // 2)
+    half = lab.slots
     methods = {}
     for memory, gate in itertools.product(("move", "lave"), (True, False)):
         default = gate == (memory == "move")
@@ -173,10 +173,14 @@ def gates(lab):
     """Do the gates of a word depend on its sense? The distance of gates between two senses of a word beside
     that within one sense, by layer and by length of the context, for the words of docs/senses.txt. With
     --text no test: a page of HTML that shows the gates of a text."""
-    if lab.args.run:
-        folders = [lab.args.run]
+    if run := lab.args.run:
+        for flag in ("dataset", "depth", "seeds", "steps", "quick"):
+            if getattr(lab.args, flag):
+                raise UserError(f"--{flag} is for new runs; leave it out with --run")
+        folders, lab.flags = [run], read_checkpoint(run)["flags"]
+        lab.report = lab.args.out_dir / f"gates-{run.resolve().name}.json"
     else:
-        runs = lab.runs("move", max(1, lab.depth // 2), "kept", keep=True)
+        runs = lab.runs("move", lab.slots, "kept", keep=True)
         lab.train({"MoVE-×1": runs})
         folders = [lab.args.out_dir / "runs" / run.name for run in runs]
     senses = read_senses(Path(__file__).parent / "docs" / "senses.txt")
@@ -231,7 +235,7 @@ def collapsed(g_0, g_i):
 
 def gate_init(lab):
     """Gates that start open to the memory (g_0 = 0.24, g_i = 1.76), to the context, or neutral (1)."""
-    half, starts = max(1, lab.depth // 2), dict(neutral=(0, 0), memory=(-2, 2), context=(2, -2))
+    half, starts = lab.slots, dict(neutral=(0, 0), memory=(-2, 2), context=(2, -2))
     done = lab.train({name: lab.runs("move", half, f"gates-{name}", flags=dict(kernels=False),
                                      change=functools.partial(bias_gates, value=value, slots=slots))
                       for name, (value, slots) in starts.items()})
@@ -324,7 +328,7 @@ def one_layer_trains(model, layer):
 def gradient_highway(lab):
     """The gradient that reaches a row of the memory, layer by layer, shared and layer-local; and a shared
     bank that only the middle layer trains. (A smaller gradient is no test: AdamW's step does not change.)"""
-    half = max(1, lab.depth // 2)
+    half = lab.slots
     done = lab.train({
         "none": lab.runs("none"),
         "LaVE-×1": lab.runs("lave", half, "looked", look=look_at_gradients),
@@ -371,7 +375,7 @@ def decoding_speed(config, device, tokens=64):
 
 def mla(lab):
     """The memory in the latent of MLA, at growing scale: bits per byte, bytes of the cache, decoding."""
-    half = max(1, lab.depth // 2)
+    half = lab.slots
     sizes = [scale * half for scale in ((1, 2) if lab.args.quick else (1, 2, 4, 8))]
     flags = dict(flags=dict(attention="mla"))
     methods = {("none", 0): lab.runs("none", **flags)}
@@ -407,7 +411,7 @@ def read_by_pairs(model):
 
 def keys(lab):
     """The same bank read by the last id, and by a hash of the last two; both without the kernels."""
-    half, methods = max(1, lab.depth // 2), {"none": lab.runs("none")}
+    half, methods = lab.slots, {"none": lab.runs("none")}
     for n_slots in (half, 4 * half):
         for label, change in (("last id", None), ("last two ids", read_by_pairs)):
             methods[f"{label}, M = {n_slots}"] = lab.runs(
@@ -426,7 +430,7 @@ def keys(lab):
 def go_on_from(model, folder, freeze=False):
     """The model takes the weights of the run in `folder`. Where that has no memory, the model's starts so
     that nothing changes. freeze: only the memory learns."""
-    saved = read_checkpoint(folder)["model"]
+    saved = read_checkpoint(folder, verify=True)["model"]
     missing, _ = model.load_state_dict(saved, strict=False)
     if missing:
         start_from_trained(model)
@@ -438,7 +442,7 @@ def late(lab):
     """A memory for a model that is trained already: it learns from one half of the text without memory, then
     from the other half without one, with a new one, and with a new one alone, all else frozen; beside a model
     that had the memory all the time."""
-    half, steps = max(1, lab.depth // 2), max(1, lab.steps // 2)
+    half, steps = lab.slots, max(1, lab.steps // 2)
     first = dict(flags=dict(max_steps=steps), part=(0, 0.5), keep=True)
     begun = {memory: lab.runs(memory, half * (memory == "move"), "begun", **first)
              for memory in ("none", "move")}
@@ -631,7 +635,7 @@ def rates(lab):
 def recipe(lab):
     """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
     without memory, so that it is compared at its own best. For the rate of the bank see `rates`."""
-    half, many = max(1, lab.depth // 2), 2 * lab.depth
+    half, many = lab.slots, 4 * lab.slots
     changes = {"routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
                "one second moment a row": dict(rows=RowAdamW),

@@ -24,7 +24,7 @@ from move import GPT, GPTConfig
 from optimizers import fast_bfloat16, make_optimizers
 from prepare_data import load_dataset
 from run_folder import read_checkpoint, read_log
-from script import UserError, make_folder, write_file
+from script import UserError, lock, make_folder, write_file
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, padded, set_up_machine, train_text
 
 FULL = dict(depth=8, seeds=3, steps=600, seq_len=1024, batch_tokens=65536, eval_tokens=1 << 20, evaluations=8)
@@ -75,14 +75,16 @@ class Lab:
                 raise UserError(f"--{key} must be from 1 to {most}, not {sizes[key]}")
         self.name, self.args, self.machines = name, args, []  # machines: of the runs
         self.depth, self.seeds, self.steps = sizes["depth"], sizes["seeds"], sizes["steps"]
+        self.slots = max(1, round(self.depth / 2))  # M of ×1
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = args.dataset or DEFAULTS["cuda" if self.device == "cuda" else "cpu"]["dataset"]
         given = dict(device=self.device, dataset=self.dataset, out_dir=args.out_dir)
         resolve_flags(given, DEFAULTS)  # checks them
         make_folder(args.out_dir, "--out_dir")
-        data = load(argparse.Namespace(data_dir=args.data_dir, dataset=self.dataset),
-                    Machine(torch.device("cpu")), "text", TEXT_SETS)
-        self.vocab_size = data.meta["vocab_size"]
+        if not getattr(args, "run", None):  # else no model is trained
+            data = load(argparse.Namespace(data_dir=args.data_dir, dataset=self.dataset),
+                        Machine(torch.device("cpu")), "text", TEXT_SETS)
+            self.vocab_size = data.meta["vocab_size"]
         every = max(1, self.steps // sizes["evaluations"])
         self.flags = dict(dataset=self.dataset, data_dir=args.data_dir, device=self.device,
                           seq_len=sizes["seq_len"], batch_tokens=sizes["batch_tokens"], max_steps=self.steps,
@@ -196,13 +198,13 @@ def take_gpu(free):
 def is_done(run, folder):
     """Whether a run has ended, and left what its look found and the checkpoint that is to be kept."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
-    content = settings.read_text() if settings.exists() else ""
+    content = settings.read_text() if settings.exists() and (path / "log.jsonl").exists() else ""
     if not content.startswith(settings_of(run) + "\n") or (run.look and content.endswith("\nnull\n")):
         return False
     if run.keep:
         try:
-            read_checkpoint(path)
-        except UserError:  # there is none, or one of another version
+            read_checkpoint(path, verify=True)
+        except UserError:  # there is none, or one that is damaged or of another version
             return False
     return read_log(path, "val_bits_per_byte")[0][-1:] == [run.flags["max_steps"]]
 
@@ -221,12 +223,17 @@ def data_of(run):
 
 
 def train_run(run, folder):
-    """Trains a run from its start. What it prints goes to <run>.txt → None, or what went wrong."""
+    """Trains a run from its start, unless another process has just done so. What it prints goes to <run>.txt
+    → None, or what went wrong."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
-    shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
-    settings.unlink(missing_ok=True)
-    with open(folder / f"{run.name}.txt", "w") as file, contextlib.redirect_stdout(file):
+    with open(folder / f"{run.name}.txt", "a") as file, contextlib.redirect_stdout(file):
         try:
+            lock(file, "another process trains it")
+            if is_done(run, folder):
+                return None
+            file.truncate(0)
+            shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
+            settings.unlink(missing_ok=True)
             content = train_and_look(run, path)
         except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -235,9 +242,9 @@ def train_run(run, folder):
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    if not run.keep:
-        (path / "checkpoint.pt").unlink()
-    write_file(settings, lambda file: file.write(content.encode()))
+        if not run.keep:
+            (path / "checkpoint.pt").unlink()
+        write_file(settings, lambda file: file.write(content.encode()))
     return None
 
 

@@ -1,10 +1,13 @@
 """The experiments at toy size, what they measure in cases where it is known, and the benchmarks."""
 import argparse
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -104,8 +107,8 @@ def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
     fails(experiments, ["gates", *toy, "--run", tmp_path, "--text", "x"], "checkpoint.pt")
     monkeypatch.setattr(experiments, "read_senses", lambda path: [
         ("the", sense, f"{'one two three four ' * 3}{end} the") for sense in "ab" for end in ("x", "y")])
-    experiments.main(["gates", *toy, "--run", str(run.parent)])
-    assert list((tmp_path / "out").glob("gates-*.png"))
+    experiments.main(["gates", "--run", str(run.parent), "--out_dir", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("gates-*.png"))) == 2
 
 
 def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):
@@ -379,7 +382,7 @@ def test_rows_used_with_any_optimizer(memory, rows):
 def test_a_new_memory_alone_learns(monkeypatch):
     """All else stays as it was; and before the first step nothing changes."""
     trained, model = awake(small_model("none", 0)), small_model()
-    monkeypatch.setattr(experiments, "read_checkpoint", lambda folder: dict(model=trained.state_dict()))
+    monkeypatch.setattr(experiments, "read_checkpoint", lambda *_, **__: dict(model=trained.state_dict()))
     experiments.go_on_from(model, None, freeze=True)
     idx, before = torch.randint(512, (2, 16)), {k: v.clone() for k, v in model.state_dict().items()}
     assert torch.equal(model(idx), trained(idx))
@@ -526,6 +529,94 @@ def test_the_overhead_chart_has_a_bar_a_variant(tmp_path):
     with Image.open(tmp_path / "chart.png") as chart:
         colors = chart.convert("RGB").getcolors(1 << 20)
     assert max(count for count, color in colors if color == (0x33, 0x66, 0xCC)) > 1000
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 11])
+def test_the_size_of_x1_is_that_of_train_gpt(depth, data_dir, tmp_path):
+    args = argparse.Namespace(quick=True, dataset="small", data_dir=data_dir, out_dir=tmp_path, device="cpu",
+                              depth=depth, seeds=1, steps=1)
+    assert lab.Lab(args, "x").slots == GPTConfig.from_depth(depth, 1, vocab_size=64).n_slots
+
+
+def test_two_processes_do_not_train_the_same_run(toy, data_dir, tmp_path):
+    """Nor does one of them remove what the other has found."""
+    args = argparse.Namespace(quick=True, dataset="small", data_dir=data_dir, out_dir=tmp_path, device="cpu",
+                              depth=1, seeds=1, steps=1)
+    run, = lab.Lab(args, "x").runs("none")
+    folder = tmp_path / "runs"
+    (folder / run.name).mkdir(parents=True)
+    (folder / run.name / "log.jsonl").write_text("of the other process")
+    with open(folder / f"{run.name}.txt", "w") as file:
+        file.write("training")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process" in lab.train_run(run, folder)
+    assert (folder / f"{run.name}.txt").read_text() == "training"
+    assert (folder / run.name / "log.jsonl").read_text() == "of the other process"
+    assert lab.train_run(run, folder) is None  # the other one has died
+    said = (folder / f"{run.name}.txt").read_text()
+    assert "training" not in said and "step 1/1" in said
+    before = lab.result(run, folder), (folder / run.name / "log.jsonl").stat().st_mtime_ns
+    assert lab.train_run(run, folder) is None  # the other one has done it
+    assert before == (lab.result(run, folder), (folder / run.name / "log.jsonl").stat().st_mtime_ns)
+    shutil.rmtree(folder / run.name)
+    assert not lab.is_done(run, folder) and lab.train_run(run, folder) is None
+
+
+def test_a_damaged_start_is_trained_again(toy, tmp_path, monkeypatch):
+    """`late` goes on from checkpoints that are kept. A bit that has changed does not change its results."""
+    experiments.main(["late", *toy])
+    report = tmp_path / "out" / "late-small-quick.json"
+    before = json.loads(report.read_text())["table"]
+    for path in (tmp_path / "out" / "runs").glob("*late*.json"):
+        path.unlink()
+    path, = (tmp_path / "out" / "runs").glob("*none-m0-begun-seed0/checkpoint.pt")
+    content = bytearray(path.read_bytes())
+    embedding = torch.load(path, weights_only=True)["model"]["embedding.weight"].numpy().tobytes()
+    content[content.index(embedding[:64]) + 1] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        experiments.go_on_from(None, path.parent)
+    experiments.main(["late", *toy])
+    assert json.loads(report.read_text())["table"] == before
+
+
+def test_the_gates_of_a_run_have_a_report_of_their_own(toy, data_dir, tmp_path, monkeypatch):
+    """With the flags of the run; the report of new runs stays."""
+    monkeypatch.setattr(experiments, "read_senses", lambda path: [
+        ("self", sense, f"one two {i} self") for sense in "ab" for i in range(2)])
+    experiments.main(["gates", *toy])
+    report = tmp_path / "out" / "gates-small-quick.json"
+    before = report.read_bytes()
+    train_gpt.main(command(data_dir, tmp_path / "mine", "--max_steps", 3))
+    given = ["gates", "--run", str(tmp_path / "mine"), "--out_dir", str(tmp_path / "out")]
+    experiments.main(given)
+    content = json.loads((tmp_path / "out" / "gates-mine.json").read_text())
+    assert content["flags"]["max_steps"] == "3" and (tmp_path / "out" / "gates-mine.png").exists()
+    assert report.read_bytes() == before
+    for flag in (["--quick"], ["--depth", 3], ["--dataset", "small"]):
+        fails(experiments, [*given, *flag], flag[0])
+
+
+def test_words_of_another_data_set_and_of_none(data_dir, tmp_path, monkeypatch):
+    train_gpt.main(command(data_dir, tmp_path / "run", "--max_steps", 1))
+    other = tmp_path / "other"
+    shutil.copytree(data_dir / "small", other)
+    meta, ids = json.loads((other / "meta.json").read_text()), np.fromfile(other / "train.bin", np.uint16)
+    ids[1:3] = ids[2:0:-1]
+    ids.tofile(other / "train.bin")
+    meta["files"]["train.bin"]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (other / "meta.json").write_text(json.dumps(meta))
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks, "load_dataset", lambda path: load_dataset(other))
+        fails(experiments, ["words", tmp_path / "run"], "not the data set of this run")
+
+    def dots(model, idx, count, **options):
+        dot, = train_gpt.load_run(tmp_path / "run")[1].encode(".")
+        return iter([torch.full((len(idx),), dot)] * count)
+
+    monkeypatch.setattr(GPT, "generate", dots)
+    fails(experiments, ["words", tmp_path / "run", "--words", 5], "no words")
 
 
 def test_words_and_curves_of_a_run(data_dir, tmp_path, capsys):
