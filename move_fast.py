@@ -348,6 +348,7 @@ class Mix(torch.autograd.Function):
         return torch.ops.move.mix(vz, bank, plan.order, plan.group, plan.ids, n_heads, gated)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_vs):
         vz, bank, order, group, start, ids = ctx.saved_tensors
         d_vs = d_vs.contiguous()
@@ -371,6 +372,7 @@ class Tickets(torch.autograd.Function):
                      for width in (bank.size(2), like.size(1)))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *tickets):
         d_vs, vz = ([t for t in tickets[i::2] if t is not None] for i in (0, 1))
         gradient, key = ctx.gradient, ctx.key
@@ -403,9 +405,15 @@ class Memory:
     def __init__(self, weight, idx, gradient=None, key=0):
         if idx.numel() > MAX_TOKENS:
             raise ValueError(f"the kernels take up to {MAX_TOKENS:,} tokens at a time, not {idx.numel():,}")
-        self.weight, self.idx, self.gradient, self.key = weight, idx, gradient, key
+        # As an embedding, a bank that is read without autograd is not trained by what reads it later.
+        self.weight = weight if torch.is_grad_enabled() else weight.detach()
+        self.idx, self.gradient, self.key = idx, gradient, key
         self.plan = make_plan(torch.ops.move.checked_ids(idx, weight.size(0), key))
         self.tickets, self.pair, self.layer = (), None, None  # pair: see of_layer
+
+    def to(self, *args):
+        raise RuntimeError("this memory is of an accelerated bank, and the ValueMixer that reads it is of a "
+                           "model that is not: call accelerate() on that, too")
 
     def tensor(self):
         """M_t (B, T, M, W), as the reference has it."""
@@ -611,6 +619,8 @@ class FastGPT(move.GPT):
         return super().decoding_step(pick, steps)
 
     def loss(self, x, targets):
+        if x.dtype == torch.float16:  # whose range is too small for sums over thousands of tokens
+            return super().loss(x, targets)
         return linear_cross_entropy(move.rms_norm(x).flatten(0, 1), self.head.weight, targets.flatten())
 
 
@@ -661,9 +671,12 @@ def edited():
     return None
 
 
+def has_backward_hooks(module):
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def has_hooks(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks
-                or module._backward_hooks or module._backward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_backward_hooks(module)
 
 
 def what_changed(module):
@@ -680,6 +693,8 @@ def what_changed(module):
             return f"{name} of a {kind} was replaced"
     if isinstance(module, move.ValueBank) and has_hooks(module):
         return "the bank has hooks"
+    if isinstance(module, move.ValueMixer) and has_backward_hooks(module):
+        return "a ValueMixer has backward hooks, which would not see the memory"
     for name in next((names for owner, names in LINEARS.items() if isinstance(module, owner)), ()):
         linear = getattr(module, name)
         if type(linear) is not move.Linear or "forward" in linear.__dict__ or linear.bias is not None:
@@ -703,7 +718,9 @@ def refuse_other_parts(model, parts):
     model, was = model(), [(part(), kind) for part, kind in parts]
     if model is None:
         was = [(part, kind) for part, kind in was if part is not None]
-    now = [m for m in model.modules() if isinstance(m, tuple(FAST))] if model else [part for part, _ in was]
+    now = [part for part, _ in was]
+    if model is not None:  # a model may have a length, which may be 0
+        now = [m for m in model.modules() if isinstance(m, tuple(FAST))]
     if len(now) != len(was) or any(a is not b or not isinstance(a, kind)
                                    for a, (b, kind) in zip(now, was, strict=True)):
         raise RuntimeError("a bank, mixer, attention or GPT was exchanged after accelerate(): call it again")
@@ -745,21 +762,22 @@ def _(idx, vocab_size, key):
 
 
 def mixes_agree(mixer):
-    """Whether reference and kernels give the same for this mixer, on a few tokens with random weights."""
-    twin, weight = copy.deepcopy(mixer).float(), mixer.router.weight
-    generator = torch.Generator(weight.device).manual_seed(0)
+    """Whether reference and kernels give the same for a mixer of these sizes, on a few tokens with random
+    weights."""
+    device, (gates, d), H = mixer.router.weight.device, mixer.router.weight.shape, mixer.n_heads
+    M = gates // H - mixer.gate_value
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, device=weight.device, generator=generator)
+        return torch.randn(*shape, device=device, generator=generator, dtype=torch.float32)
 
-    H, d = mixer.n_heads, weight.size(1)
-    M = len(weight) // H - mixer.gate_value
+    twin = move.ValueMixer(d, H, M, mixer.gate_value).to(device, torch.float32)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
-            twin.router.weight.copy_(random(*weight.shape) * d ** -0.5)
-            idx = torch.tensor([[4, 0, 4, 2, 1, 4, 0, 3]], device=weight.device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            twin.router.weight.copy_(random(gates, d) * d ** -0.5)
+            idx = torch.tensor([[4, 0, 4, 2, 1, 4, 0, 3]], device=device)
             memory = Memory(random(5, M, H * 16), idx)
             x, v = random(1, 8, d), random(1, 8, H, 16)
             expected = twin(x, v, memory.tensor())
@@ -776,6 +794,9 @@ def obstacle(model):
         return what
     mixers = []
     for module in model.modules():
+        inside = {type(m) for m in module.modules()} if has_backward_hooks(module) else ()
+        if move.ValueMixer in inside and move.ValueBank not in inside:  # it comes from outside
+            return f"a {type(module).__name__} has backward hooks, which would not see the memory"
         kind = next((kind for kind in FAST if isinstance(module, kind)), None)
         if kind is None:
             continue
@@ -796,14 +817,16 @@ def obstacle(model):
 
 def accelerate(model, log=print):
     """Makes a model faster that is on a CUDA device: any nn.Module that holds a ValueBank and ValueMixers, a
-    GPT above all. Returns whether it did. Parameters, state_dict and numbers (but for rounding) stay.
+    GPT above all. Returns whether it did. Parameters, state_dict and numbers stay, but for rounding; one
+    that is not finite makes those of other tokens NaN, too, which are in the same product.
 
     It swaps the classes of all modules of exactly the types in FAST, or of none: for a subclass, another
     router, a hook, a method that was replaced, or a move.py whose equations were edited, it logs one line
     and leaves the reference, which honours them all. What is changed later raises RuntimeError at the
     next forward pass.
 
-    An accelerated bank gives a private handle, which only ValueMixers can read. A table that a single
+    An accelerated bank gives a private handle, which only ValueMixers can read: hooks that are put on a layer
+    later see no memory. Gradients of gradients are RuntimeErrors. A table that a single
     layer reads, as in LaVE, is left to the reference, which torch.compile makes as fast.
     """
     for module in model.modules():  # a model may be accelerated again

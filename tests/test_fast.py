@@ -6,6 +6,7 @@ import linecache
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -471,6 +472,116 @@ def test_somebody_elses_model():
         assert error(p.grad, q.grad.double()) < 1e-5
 
 
+def test_a_bank_that_is_read_without_autograd_is_not_trained():
+    class Frozen(GroupedQueries):
+        def forward(self, idx):
+            with torch.no_grad():
+                memory = self.bank(idx)
+            x = self.embedding(idx)
+            return sum(mixer(x, self.w_v(x).unflatten(-1, (2, 8)), memory) for mixer in self.mixers)
+
+    torch.manual_seed(0)
+    model, idx = Frozen().to(DEVICE), random_ids(2, 9, vocab_size=30)
+    fast = copy.deepcopy(model)
+    assert accelerate(fast)
+    for forward in (fast, torch.compile(fast, backend="aot_eager")):
+        model.zero_grad(), fast.zero_grad()
+        for m in (model, forward):
+            m(idx).square().sum().backward()
+        assert fast.bank.weight.grad is None
+        for p, q in zip(fast.parameters(), model.parameters(), strict=True):
+            assert p.grad is q.grad is None or error(p.grad, q.grad.double()) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_a_gradient_of_a_gradient_raises():
+    model, idx = GroupedQueries().to(DEVICE), random_ids(2, 9, vocab_size=30)
+    assert accelerate(model)
+    for p in (model.bank.weight, model.mixers[0].router.weight):
+        loss = model(idx).square().sum()
+        gradient, = torch.autograd.grad(loss, p, create_graph=True)
+        with pytest.raises(RuntimeError):  # and no penalty that does nothing
+            (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("where", ["mixer", "layer", "attention"])
+def test_backward_hooks_that_would_not_see_the_memory(where):
+    """They are honoured, by the reference. Around the bank and all mixers they see no less."""
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = ValueMixer(32, 2, 4)
+
+        def forward(self, x, v, memory):
+            return self.mixer(x, v, memory)
+
+    if where == "attention":
+        model = random_model(small_config())
+        module = model.blocks[1].attention
+    else:
+        model = GroupedQueries()
+        if where == "layer":
+            model.mixers = nn.ModuleList(Layer() for _ in range(2))
+        model, module = model.to(DEVICE), model.mixers[0]
+    handle = module.register_full_backward_hook(lambda module, into, out: None)
+    said = []
+    assert not accelerate(model, log=said.append) and len(said) == 1
+    handle.remove()
+    around = model.register_full_backward_hook(lambda module, into, out: None)
+    assert accelerate(model)
+    around.remove()
+    if where == "mixer":
+        module.register_full_backward_hook(lambda module, into, out: None)
+        with pytest.raises(RuntimeError):
+            model(random_ids(2, 9, vocab_size=30))
+
+
+def test_a_model_with_a_length():
+    """As torch.compile's, which has none to give."""
+    model, idx = random_model(small_config()), random_ids(2, 9)
+    expected, compiled = model(idx), torch.compile(model, backend="eager")
+    assert accelerate(compiled)
+    for forward in (compiled, model):
+        assert torch.allclose(forward(idx), expected, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_what_a_mixer_holds_besides_does_not_matter():
+    model, idx = GroupedQueries().to(DEVICE), random_ids(2, 9, vocab_size=30)
+    for mixer in model.mixers:
+        mixer.lock = threading.Lock()
+        mixer.register_forward_hook(lambda mixer, inputs, out: setattr(mixer, "seen", out))
+    model(idx)
+    assert accelerate(model) and accelerate(model)
+    assert isinstance(model.bank(idx), move_fast.Memory)
+
+
+def test_the_dtypes_of_the_surroundings_do_not_matter():
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert accelerate(random_model(small_config()).float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast(DEVICE, torch.float16):
+        assert accelerate(random_model(small_config()))
+
+
+def test_the_loss_in_float16_does_not_overflow():
+    """One large channel and one frequent target: their sum over thousands of tokens is beyond float16."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(1, 1, vocab_size=64, seq_len=8192), F16).to(DEVICE)
+    x = torch.randn(1, 8192, 128, device=DEVICE)
+    x[..., 0] = 40
+    targets = torch.where(torch.rand(1, 8192, device=DEVICE) < 0.9, 0, random_ids(1, 8192).to(DEVICE))
+    gradients = []
+    for fast in (False, True):
+        assert not fast or accelerate(model)
+        model.zero_grad()
+        model.loss(x.to(F16), targets).backward()
+        gradients.append(model.head.weight.grad.clone())
+    assert gradients[1].isfinite().all() and torch.allclose(*gradients, atol=1e-3)
+
+
 def test_what_the_kernels_cannot_do_is_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(move_fast, "DTYPES", (F16,))  # so float32 is not among them
     reference, model = (random_model(small_config()) for _ in range(2))
@@ -730,6 +841,8 @@ def test_two_models_that_share_a_bank():
     assert torch.allclose(a(idx), expected, atol=1e-4)
     b = random_model(small_config())
     b.bank = a.bank
+    with pytest.raises(RuntimeError, match="accelerate"):
+        b(idx)
     assert accelerate(b)
     a.blocks[0].attention.w_q.register_forward_hook(lambda *_: None)
     torch._dynamo.reset()
