@@ -490,6 +490,8 @@ class GPT(nn.Module):
                 block.table = bank(V, n_slots, config.memory_dim) if n_slots else None
         if positions is None:
             positions = torch.arange(config.seq_len).unsqueeze(1)
+        if len(positions) != config.seq_len:
+            raise ValueError(f"positions must be {config.seq_len} (seq_len), not {len(positions)}")
         cos, sin = rotary_embedding(positions, config.rotary_dim)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
@@ -630,14 +632,15 @@ def memory_parameter_groups(model, lr_scale=1.0):
     All rates are for AdamW and times (d / 768)^-½.
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
-    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]  # (V, M, d) each
+    banks = dict.fromkeys(m.weight for m in model.modules() if isinstance(m, ValueBank))  # (V, M, d) each
     routers = list(dict.fromkeys(p for mixer in mixers for p in mixer.router.parameters()))
+    widths = [p.size(-1) for p in routers if p.ndim == 2]
     if not banks:
         return []
-    if not routers:
-        raise ValueError("the model has a ValueBank but no ValueMixer; give the bank a parameter group of "
-                         "its own, with a rate of 0.15 · (d / 768)^-½ · M^-½ and no weight decay")
-    k = lr_scale * (routers[0].size(-1) / 768) ** -0.5
+    if not widths:
+        raise ValueError("the model has a ValueBank but no ValueMixer whose router has a matrix; give the "
+                         "bank a parameter group with a rate of 0.15 · (d / 768)^-½ · M^-½, no weight decay")
+    k = lr_scale * (widths[0] / 768) ** -0.5
     shared = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
     groups = [dict(params=[bank for bank in banks if bank.size(1) == M], lr=0.15 * k * M ** -0.5, **shared)
               for M in sorted({bank.size(1) for bank in banks})]

@@ -569,6 +569,26 @@ def test_parameter_groups_of_the_memory(memory, n_slots):
         memory_parameter_groups(nn.ModuleList([ValueBank(5, 2, 4), nn.Linear(4, 4)]))
 
 
+def test_groups_of_tied_banks_and_of_a_router_with_a_number():
+    """A bank is in them once. The width is that of the router's matrix, whatever else it holds."""
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.weight = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(6, 96))
+
+    one, two, mixer = ValueBank(5, 2, 4), ValueBank(5, 2, 4), ValueMixer(96, 2, 2)
+    two.weight, mixer.router = one.weight, Router()
+    banks, routers = memory_parameter_groups(nn.ModuleList([one, two, mixer]))
+    assert [id(p) for p in banks["params"]] == [id(one.weight)] and len(routers["params"]) == 2
+    assert routers["lr"] == pytest.approx(0.004 * (96 / 768) ** -0.5)
+
+
+def test_there_is_a_position_for_each_token():
+    for n in (1, 7, 9):
+        with pytest.raises(ValueError, match="8"):
+            GPT(small_config(seq_len=8), positions=torch.zeros(n, 1))
+
+
 def test_a_layer_with_a_router_needs_a_memory():
     for layer in (GPT(small_config()).blocks[0].attention, GPT(small_config("mla")).blocks[0].attention):
         rotary = rotary_embedding(torch.arange(5)[:, None], 8 if layer.__class__ is move.MoVEAttention else 4)
