@@ -330,7 +330,7 @@ def files_below(folder):
     def stop(error):
         raise error
 
-    seen = set()
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))
     for where, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if (real := os.path.realpath(where)) in seen:  # a link to a folder above it
             folders.clear()
@@ -531,7 +531,7 @@ def write_imagenet(create, codes_path, decoder_path, source):
 def write_codes(create, folder):
     """Codes of LlamaGen's VQGAN (arXiv 2406.06525), as its extraction leaves them: for each image a file
     imagenet256_codes/<i>.npy (1, crops, 256) and imagenet256_labels/<i>.npy (1,). Every crop is a record."""
-    names = sorted((path.stem for path in (folder / "imagenet256_codes").glob("*.npy")),
+    names = sorted((path.stem for path in (folder / "imagenet256_codes").glob("[!.]*.npy")),
                    key=lambda name: (len(name), name))
     if not names:
         raise ValueError(f"{folder / 'imagenet256_codes'} has no .npy files; "

@@ -431,6 +431,11 @@ def in_hash_order(contents):
     return [unique[digest] for digest in sorted(unique)]
 
 
+def without_ends(document):
+    """A document as duplicates are told: the last one of a file ends with a line end, others do not."""
+    return document.strip().replace("\r\n", "\n")
+
+
 def split_documents(documents):
     """(train, val): whole documents in the order of their hashes, so that no text is in both. A hundredth
     goes to val, a tenth of a set under 10 MB, and less than twice that. Where val would be less than half
@@ -438,6 +443,7 @@ def split_documents(documents):
     there is too little."""
     documents = [document for document in documents if document.strip()]
     documents = [documents[i] for i in in_hash_order(document.encode() for document in documents)]
+    documents = list({without_ends(document): document for document in reversed(documents)}.values())[::-1]
     size = sum(map(len, documents))
     val_size = size // 100 if size > 10_000_000 else size // 10
     train, val, filled = [], [], 0
@@ -498,8 +504,8 @@ def write_tokens(folder, splits, encoding, **about):
 def write_texts(folder, documents, vocab_size, source):
     """Makes a data set of documents (a list of str), with a vocabulary learned from those to train."""
     texts = [document for document in documents if document.strip()]
-    dropped = dict(empty=len(documents) - len(texts), duplicate=len(texts) - len(set(texts)))
-    kept = len(set(texts))
+    kept = len(set(map(without_ends, texts)))
+    dropped = dict(empty=len(documents) - len(texts), duplicate=len(texts) - kept)
     marks = sum(document.count(SEPARATOR) for document in set(texts))
     print(f"{kept:,} documents; dropped {dropped['duplicate']:,} duplicate, {dropped['empty']:,} empty")
     if marks:
@@ -802,6 +808,7 @@ def main(argv=None):
         vocab_size = 1024 if args.dataset == "shakespeare" else DEFAULT_VOCAB_SIZE
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
+    make_folder(args.data_dir, "--data_dir")  # before hours of work for it
     {
         "text": lambda: prepare_text(folder, args.text, vocab_size),
         "python": lambda: prepare_python(folder, vocab_size),

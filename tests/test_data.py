@@ -118,6 +118,27 @@ def test_documents_of_one_file_are_counted(tmp_path, capsys):
     assert all(word in output for word in ("41 documents", "1 duplicate", "1 empty", f"1 {SEPARATOR}"))
 
 
+def test_documents_that_differ_in_their_last_line_end_are_one(tmp_path, capsys):
+    """The last document of a file has one, others have not. None may be in training and validation both."""
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text + "\n")
+    (tmp_path / "joined.txt").write_text(f"\r\n{SEPARATOR}\r\n".join(TEXTS))
+    files = [str(path) for path in tmp_path.glob("*.txt")]
+    found = []
+    for i, order in enumerate((files, files[::-1])):
+        prepare_data.main(["--text", *order, "--name", str(i), "--vocab_size", "300", "--data_dir",
+                           str(tmp_path)])
+        found.append(prepare_data.load_dataset(tmp_path / str(i)).meta)
+    assert sorted(document.strip() for document in documents_of(tmp_path / "0")) == sorted(TEXTS)
+    assert found[0]["dropped"]["duplicate"] == len(TEXTS) and found[0]["files"] == found[1]["files"]
+
+
+def test_a_folder_for_data_that_cannot_be_is_no_late_surprise(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(f"\n{SEPARATOR}\n".join(TEXTS))
+    monkeypatch.setattr(prepare_data, "train_tokenizer", None)  # hours
+    fails(prepare_data, ["--text", tmp_path / "a.txt", "--data_dir", tmp_path / "a.txt" / "data"], "a.txt")
+
+
 def test_long_runs_and_long_documents_come_back_whole(tmp_path):
     """A run of a million blanks is more than the tokenizer takes at once; so is what follows."""
     texts = ["a" + " " * 3_000_000 + "b", "x" * 400_000, "!" + "\n" * 300_000 + "?",

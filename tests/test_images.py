@@ -359,6 +359,8 @@ def test_linked_folders_are_followed_once(photos, tmp_path):
     files = list(image_data.files_below(photos / "noon"))
     assert len(files) == 13 and all(path.is_file() for path in files)
     assert len(records_of(make_images(photos, tmp_path))[0]) == 25
+    (photos / "noon" / "up").symlink_to(photos)  # all other classes would be in this one
+    assert sorted(image_data.files_below(photos / "noon")) == sorted(files)
 
 
 def test_splits_that_look_like_classes_are_reported(photos, tmp_path, capsys):
@@ -612,6 +614,7 @@ def llamagen_files(folder, n=20, crops=3):
 
 def test_codes_of_llamagen(tmp_path):
     records = llamagen_files(tmp_path / "extracted")
+    (tmp_path / "extracted" / "imagenet256_codes" / "._0.npy").write_bytes(b"of another system")
     prepare_data.main(["--codes", str(tmp_path / "extracted"), "--name", "llamagen", "--data_dir",
                        str(tmp_path)])
     meta = prepare_data.load_dataset(tmp_path / "llamagen").meta
