@@ -72,6 +72,14 @@ class MoVEPreTrainedModel(LlamaPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(self, *args, **options):
+        """The bank gets or loses rows as the embedding does; new rows start as those of a new bank."""
+        embedding, old = super().resize_token_embeddings(*args, **options), self.base_model.bank
+        if (V := len(embedding.weight)) != len(old.weight):
+            bank = self.base_model.bank = ValueBank(V, *old.weight.shape[1:]).to(old.weight)
+            bank.weight.data[:len(old.weight)] = old.weight.data[:V]
+        return embedding
+
 
 class MoVEModel(MoVEPreTrainedModel, LlamaModel):
     def __init__(self, config):

@@ -252,6 +252,23 @@ def llama_gradients(model, idx):
     return [p.grad for p in model.parameters()]
 
 
+@pytest.mark.parametrize("size", [130, 70])
+def test_a_llama_of_another_vocabulary(size, llama, tmp_path):
+    """The bank has the rows of the ids: the old ones as they were, new ones as those of a new bank."""
+    model = new_llama(llama)
+    old = model.model.bank.weight.detach().clone()
+    model.resize_token_embeddings(size)
+    new = model.model.bank.weight.detach()
+    assert len(new) == size and torch.equal(new[:100], old[:size])
+    assert size < 100 or new[100:].std().item() == pytest.approx(0.3 * 3 ** -0.5, rel=0.1)
+    model.save_pretrained(tmp_path)
+    again = llama.MoVEForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.tensor([[1, 2, size - 1]])
+    assert torch.equal(again(idx).logits, model(idx).logits)
+    model.resize_token_embeddings(size)  # nothing to do
+    assert torch.equal(model.model.bank.weight, new)
+
+
 def starts_as_a_new_one(model, n_slots):
     """Zero routers, a bank of the right variance, which memory that was only allocated would not have."""
     assert len(routers(model)) == 3 and not any(w.any() for w in routers(model))
