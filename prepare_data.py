@@ -808,7 +808,9 @@ def main(argv=None):
         vocab_size = 1024 if args.dataset == "shakespeare" else DEFAULT_VOCAB_SIZE
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already; remove it to make it again, or give another --name")
-    make_folder(args.data_dir, "--data_dir")  # before hours of work for it
+    place = next(path for path in (args.data_dir, *args.data_dir.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):  # said before hours of work
+        raise UserError(f"{args.data_dir} cannot be made or written to; give another --data_dir")
     {
         "text": lambda: prepare_text(folder, args.text, vocab_size),
         "python": lambda: prepare_python(folder, vocab_size),
