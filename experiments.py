@@ -606,7 +606,8 @@ def note_of(label):
 
 def rates(lab):
     """The rate of the bank × 1/2, 1, 2, 4 for the M of `scaling`, of MoVE and LaVE: does one rule suit all,
-    and what are more slots worth where each M has its own best rate?"""
+    and what are more slots worth where each M has its own best rate? (Which is chosen afterwards: that
+    flatters it a little.)"""
     factors, sizes, methods = (1 / 2, 1, 2, 4), sizes_for(lab.depth), {}
     for memory, n_slots, factor in itertools.product(("lave", "move"), sizes, factors):
         label = f"rate of the bank × {factor:g}"

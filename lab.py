@@ -223,12 +223,12 @@ def data_of(run):
 
 
 def train_run(run, folder):
-    """Trains a run from its start, unless another process has just done so. What it prints goes to <run>.txt
+    """Trains a run from its start; if another process does, waits for that. What it prints goes to <run>.txt
     → None, or what went wrong."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
     with open(folder / f"{run.name}.txt", "a") as file, contextlib.redirect_stdout(file):
         try:
-            lock(file, "another process trains it")
+            lock(file)
             if is_done(run, folder):
                 return None
             file.truncate(0)

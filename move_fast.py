@@ -817,17 +817,17 @@ def obstacle(model):
 
 def accelerate(model, log=print):
     """Makes a model faster that is on a CUDA device: any nn.Module that holds a ValueBank and ValueMixers, a
-    GPT above all. Returns whether it did. Parameters, state_dict and numbers stay, but for rounding; one
-    that is not finite makes those of other tokens NaN, too, which are in the same product.
+    GPT above all. Returns whether it did. Parameters, state_dict and numbers (but for rounding) stay. A
+    number that is not finite also makes NaN of other tokens in the same matrix product.
 
     It swaps the classes of all modules of exactly the types in FAST, or of none: for a subclass, another
     router, a hook, a method that was replaced, or a move.py whose equations were edited, it logs one line
     and leaves the reference, which honours them all. What is changed later raises RuntimeError at the
     next forward pass.
 
-    An accelerated bank gives a private handle, which only ValueMixers can read: hooks that are put on a layer
-    later see no memory. Gradients of gradients are RuntimeErrors. A table that a single
-    layer reads, as in LaVE, is left to the reference, which torch.compile makes as fast.
+    An accelerated bank gives a private handle, which only ValueMixers can read: hooks put on a layer later do
+    not see the memory. A gradient of a gradient is a RuntimeError. A table that a single layer reads, as in
+    LaVE, is left to the reference, which torch.compile makes as fast.
     """
     for module in model.modules():  # a model may be accelerated again
         if type(module) in REFERENCE:

@@ -432,18 +432,22 @@ def in_hash_order(contents):
 
 
 def without_ends(document):
-    """A document as duplicates are told: the last one of a file ends with a line end, others do not."""
+    """A document with \\n as line ends and no blanks around it: where two are the same, they are duplicates.
+    (The last one of a file has a line end after it, the others have none.)"""
     return document.strip().replace("\r\n", "\n")
 
 
 def split_documents(documents):
-    """(train, val): whole documents in the order of their hashes, so that no text is in both. A hundredth
-    goes to val, a tenth of a set under 10 MB, and less than twice that. Where val would be less than half
-    full, it gets the end of the longest document. Empty documents and duplicates are dropped. UserError if
-    there is too little."""
+    """(train, val): whole documents in the order of their hashes, so that no text is in both. They go to val
+    until it has a hundredth of all text, a tenth of a set under 10 MB; never twice that. Where it would be
+    less than half full, it gets the end of the longest document. Empty documents and duplicates are dropped.
+    UserError if there is too little."""
     documents = [document for document in documents if document.strip()]
     documents = [documents[i] for i in in_hash_order(document.encode() for document in documents)]
-    documents = list({without_ends(document): document for document in reversed(documents)}.values())[::-1]
+    first = {}
+    for document in documents:
+        first.setdefault(without_ends(document), document)
+    documents = list(first.values())
     size = sum(map(len, documents))
     val_size = size // 100 if size > 10_000_000 else size // 10
     train, val, filled = [], [], 0

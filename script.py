@@ -76,12 +76,13 @@ def first_line(error):
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def lock(file, message):
-    """Locks an open file, or its number, until it is closed, however the process ends. UserError with the
-    message if another process has locked it. Windows and some file systems have no locks: nothing is kept."""
+def lock(file, message=None):
+    """Locks an open file, or its number, until it is closed, however the process ends. If another process has
+    locked it: UserError with the message, or without one a wait for it. Where Windows and some file systems
+    have no locks, nothing is kept."""
     if fcntl:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if message else 0))
         except BlockingIOError:
             raise UserError(message) from None
         except OSError:

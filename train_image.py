@@ -155,9 +155,9 @@ def save_samples(step, model, meta, args):
 
 
 def save_many(step, model, meta, args):
-    """samples_<step>.npz: --save_npz new images, as many of each class but for a rest, uint8 (N, h, w, 3)
-    under arr_0, as programs that compute an FID read them, their classes under arr_1; their codes, if there
-    is no decoder."""
+    """samples_<step>.npz: --save_npz new images, equally many of each class (to within one), uint8
+    (N, h, w, 3) under arr_0, as programs that compute an FID read them, their classes under arr_1; their
+    codes, if there is no decoder."""
     with image_code() as image_data:
         decoder = image_data.load_decoder(args.out_dir, meta)
     classes = np.arange(args.save_npz) % len(meta["classes"])

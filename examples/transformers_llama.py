@@ -78,6 +78,7 @@ class MoVEPreTrainedModel(LlamaPreTrainedModel):
         if (V := len(embedding.weight)) != len(old.weight):
             bank = self.base_model.bank = ValueBank(V, *old.weight.shape[1:]).to(old.weight)
             bank.weight.data[:len(old.weight)] = old.weight.data[:V]
+            bank.weight.requires_grad_(old.weight.requires_grad)
         return embedding
 
 

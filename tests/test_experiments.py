@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -175,6 +176,8 @@ def test_mean_spread_and_comparison():
     seeds = np.random.default_rng(0).normal(size=3)  # what a seed does is alike in both methods
     paired = [[dict(bits=x + d) for x, d in zip(seeds, shift, strict=True)] for shift in
               ((0, 0, 0), (0.10, 0.11, 0.09))]
+    eight = [dict(bits=bits) for bits in (0, 2) * 4]
+    assert lab.differences(eight, [dict(bits=1)] * 8)[1] == pytest.approx(2.365 / 7 ** 0.5, rel=0.01)
     mean, half = lab.differences(paired[1], paired[0])
     assert mean == pytest.approx(0.1) and half == pytest.approx(4.30 * 0.01 / 3 ** 0.5, rel=1e-6)
     assert lab.differ(*paired) == pytest.approx(-0.1)
@@ -550,10 +553,14 @@ def test_two_processes_do_not_train_the_same_run(toy, data_dir, tmp_path):
         file.write("training")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process" in lab.train_run(run, folder)
-    assert (folder / f"{run.name}.txt").read_text() == "training"
-    assert (folder / run.name / "log.jsonl").read_text() == "of the other process"
-    assert lab.train_run(run, folder) is None  # the other one has died
+        found = []
+
+        def die():
+            found.extend((folder / name).read_text() for name in (f"{run.name}.txt", f"{run.name}/log.jsonl"))
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        threading.Timer(0.5, die).start()
+        assert lab.train_run(run, folder) is None and found == ["training", "of the other process"]
     said = (folder / f"{run.name}.txt").read_text()
     assert "training" not in said and "step 1/1" in said
     before = lab.result(run, folder), (folder / run.name / "log.jsonl").stat().st_mtime_ns
