@@ -58,10 +58,12 @@ def awake(model):
 @pytest.mark.parametrize("experiment, runs", [
     (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
     (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.late, 6),
-    (experiments.rates, 32), (experiments.recipe, 25)])
+    (experiments.rates, 16), (experiments.recipe, 25)])
 def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
+    if experiment is experiments.rates:
+        monkeypatch.setattr(experiments, "sizes_for", lambda depth: [1, 2])  # at four rates, of each kind
     experiments.main([experiment.__name__, *toy])
     name = f"{experiment.__name__}-small{'-d2' * ('--depth' in toy)}-quick"
     report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
