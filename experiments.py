@@ -79,9 +79,8 @@ def gains(done):
 
 def parity(lab):
     """No memory, LaVE-×1 and MoVE-×1: bits per byte against steps and seconds."""
-    half = lab.slots
-    done = lab.train({"none": lab.runs("none"), "LaVE-×1": lab.runs("lave", half),
-                      "MoVE-×1": lab.runs("move", half)})
+    done = lab.train({"none": lab.runs("none"), "LaVE-×1": lab.runs("lave", lab.slots),
+                      "MoVE-×1": lab.runs("move", lab.slots)})
     table = lab.table(["method", "bits per byte", "tokens/s"],
                       [[label, spread(rs), f"{mean(rs, 'tokens_per_s'):,.0f}"] for label, rs in done.items()])
     sentences = [compare("LaVE-×1", done["LaVE-×1"], "none", done["none"]),
@@ -138,11 +137,10 @@ def scaling(lab):
 
 def ablation(lab):
     """Two switches at equal parameters: one bank or a table a layer; a gate on the ordinary value or not."""
-    half = lab.slots
     methods = {}
     for memory, gate in itertools.product(("move", "lave"), (True, False)):
         default = gate == (memory == "move")
-        methods[memory, gate] = lab.runs(memory, half, "" if default else f"gate{gate:d}",
+        methods[memory, gate] = lab.runs(memory, lab.slots, "" if default else f"gate{gate:d}",
                                          flags=None if default else dict(gate_value=gate))
     done = lab.train(methods)
     names = dict(move="one bank", lave="tables of layers")
@@ -235,8 +233,8 @@ def collapsed(g_0, g_i):
 
 def gate_init(lab):
     """Gates that start open to the memory (g_0 = 0.24, g_i = 1.76), to the context, or neutral (1)."""
-    half, starts = lab.slots, dict(neutral=(0, 0), memory=(-2, 2), context=(2, -2))
-    done = lab.train({name: lab.runs("move", half, f"gates-{name}", flags=dict(kernels=False),
+    starts = dict(neutral=(0, 0), memory=(-2, 2), context=(2, -2))
+    done = lab.train({name: lab.runs("move", lab.slots, f"gates-{name}", flags=dict(kernels=False),
                                      change=functools.partial(bias_gates, value=value, slots=slots))
                       for name, (value, slots) in starts.items()})
     rows = []
@@ -328,13 +326,12 @@ def one_layer_trains(model, layer):
 def gradient_highway(lab):
     """The gradient that reaches a row of the memory, layer by layer, shared and layer-local; and a shared
     bank that only the middle layer trains. (A smaller gradient is no test: AdamW's step does not change.)"""
-    half = lab.slots
     done = lab.train({
         "none": lab.runs("none"),
-        "LaVE-×1": lab.runs("lave", half, "looked", look=look_at_gradients),
-        "MoVE-×1": lab.runs("move", half, "looked", look=look_at_gradients),
+        "LaVE-×1": lab.runs("lave", lab.slots, "looked", look=look_at_gradients),
+        "MoVE-×1": lab.runs("move", lab.slots, "looked", look=look_at_gradients),
         "MoVE-×1, one layer trains the bank": lab.runs(
-            "move", half, "onelayer", flags=dict(kernels=False),
+            "move", lab.slots, "onelayer", flags=dict(kernels=False),
             change=functools.partial(one_layer_trains, layer=lab.depth // 2))})
     early = max(1, len(done["none"][0]["curve"]["steps"]) // 4)
     rows, lines, used = [], {}, {}
@@ -375,8 +372,7 @@ def decoding_speed(config, device, tokens=64):
 
 def mla(lab):
     """The memory in the latent of MLA, at growing scale: bits per byte, bytes of the cache, decoding."""
-    half = lab.slots
-    sizes = [scale * half for scale in ((1, 2) if lab.args.quick else (1, 2, 4, 8))]
+    sizes = [scale * lab.slots for scale in ((1, 2) if lab.args.quick else (1, 2, 4, 8))]
     flags = dict(flags=dict(attention="mla"))
     methods = {("none", 0): lab.runs("none", **flags)}
     for memory, n_slots in itertools.product(("lave", "move"), sizes):
@@ -411,15 +407,15 @@ def read_by_pairs(model):
 
 def keys(lab):
     """The same bank read by the last id, and by a hash of the last two; both without the kernels."""
-    half, methods = lab.slots, {"none": lab.runs("none")}
-    for n_slots in (half, 4 * half):
+    methods = {"none": lab.runs("none")}
+    for n_slots in (lab.slots, 4 * lab.slots):
         for label, change in (("last id", None), ("last two ids", read_by_pairs)):
             methods[f"{label}, M = {n_slots}"] = lab.runs(
                 "move", n_slots, label.replace(" ", "_"), change=change, flags=dict(kernels=False))
     done = lab.train(methods)
     table = lab.table(["rows found by", "bits per byte", "tokens/s"],
                       [[label, spread(rs), f"{mean(rs, 'tokens_per_s'):,.0f}"] for label, rs in done.items()])
-    pairs = [(f"last two ids, M = {n}", f"last id, M = {n}") for n in (half, 4 * half)]
+    pairs = [(f"last two ids, M = {n}", f"last id, M = {n}") for n in (lab.slots, 4 * lab.slots)]
     lab.write(table, [compare(a, done[a], b, done[b]) for a, b in pairs],
               [dict(lines=gains(done), xlabel="steps", ylabel=GAIN)])
 
@@ -442,9 +438,9 @@ def late(lab):
     """A memory for a model that is trained already: it learns from one half of the text without memory, then
     from the other half without one, with a new one, and with a new one alone, all else frozen; beside a model
     that had the memory all the time."""
-    half, steps = lab.slots, max(1, lab.steps // 2)
+    steps = max(1, lab.steps // 2)
     first = dict(flags=dict(max_steps=steps), part=(0, 0.5), keep=True)
-    begun = {memory: lab.runs(memory, half * (memory == "move"), "begun", **first)
+    begun = {memory: lab.runs(memory, lab.slots * (memory == "move"), "begun", **first)
              for memory in ("none", "move")}
     lab.train(begun)
     ways = {"no memory": ("none", "none", {}), "a new memory": ("none", "move", {}),
@@ -452,7 +448,7 @@ def late(lab):
             "the memory it had": ("move", "move", {})}
     methods = {}
     for label, (start, memory, options) in ways.items():
-        methods[label] = lab.runs(memory, half * (memory == "move"), f"late-{label.replace(' ', '_')}",
+        methods[label] = lab.runs(memory, lab.slots * (memory == "move"), f"late-{label.replace(' ', '_')}",
                                   flags=dict(max_steps=steps), part=(0.5, 1))
         for then, before in zip(methods[label], begun[start], strict=True):
             folder = lab.args.out_dir / "runs" / before.name
@@ -636,7 +632,7 @@ def rates(lab):
 def recipe(lab):
     """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
     without memory, so that it is compared at its own best. For the rate of the bank see `rates`."""
-    half, many = lab.slots, 4 * lab.slots
+    few, many = lab.slots, 4 * lab.slots
     changes = {"routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
                "one second moment a row": dict(rows=RowAdamW),
@@ -649,14 +645,14 @@ def recipe(lab):
             parts["optimizers_of"] = functools.partial(varied_optimizers, **options)
         methods[memory, n_slots, label or "as it is"] = lab.runs(memory, n_slots, note_of(label), **parts)
 
-    for n_slots in (half, many):
+    for n_slots in (few, many):
         methods["move", n_slots, "as it is"] = lab.runs("move", n_slots, "gates", look=frozen_gates)
         for label, options in changes.items():
             add("move", n_slots, label, options, look=frozen_gates if "routers" in label else None)
         add("move", n_slots, "start with std 0.02", change=functools.partial(start_banks, std=0.02))
         add("move", n_slots, "bank in float32", flags=dict(bank_dtype="float32"))
-    add("lave", half, "")
-    add("lave", half, "routers by AdamW", changes["routers by AdamW"])
+    add("lave", few, "")
+    add("lave", few, "routers by AdamW", changes["routers by AdamW"])
     add("none", 0, "")
     for part, factor in itertools.product(("embedding", "head"), (1 / 2, 2)):
         add("none", 0, f"rate of the {part} × {factor:g}", {part: factor})

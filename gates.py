@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from move import ValueMixer, mix_values
 from prepare_data import pieces, tiktoken_errors
-from script import UserError, write_file
+from script import UserError, require_utf8, write_file
 
 
 def find_mixers(model):
@@ -310,10 +310,7 @@ def text_of(text_or_path):
         raise UserError(f"there is no file {text}; give the name of a file, or a text")
     if not text.strip():
         raise UserError(f"expected a text, and there is none in {str(text_or_path)!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of a command line
-        raise UserError(f"{text!r} is not UTF-8 text") from None
+    require_utf8(text, "--text")
     return text
 
 
