@@ -13,7 +13,7 @@
     mla               the memory in the latent: bits per byte, bytes of the cache, speed of decoding
     keys              rows found by a hash of the last two ids instead of the last one
     late              a memory for a model that is trained already
-    rates             does the rate of the bank suit each number of slots?
+    rates             do the rates of the bank and of the routers suit each number of slots?
     recipe            optimizers and start of the memory, one change at a time
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
@@ -507,16 +507,19 @@ class RowAdamW(torch.optim.Optimizer):
                 p.copy_(p.float() - group["lr"] / (1 - beta1 ** t) * m.float() / root)
 
 
-def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=None, weight_decay=0.0,
-                      routers="muon", rows=None):
-    """make_optimizers with factors on the rates of the banks, the embedding and the head, and other choices:
+def varied_optimizers(model, lr_scale, bank=1.0, routers=1.0, embedding=1.0, head=1.0, betas=None,
+                      weight_decay=0.0, routers_by="muon", rows=None):
+    """make_optimizers with factors on the rates of banks, routers, embedding and head, and other choices:
     betas and weight decay of the banks, routers by 'adamw', rows: RowAdam or RowAdamW for the banks."""
     muon, adamw = make_optimizers(model, lr_scale)
     banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
+    held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
     extra = []
-    for group in adamw.param_groups:
+    factors = {**dict.fromkeys(banks, bank), **dict.fromkeys(held, routers),
+               model.embedding.weight: embedding, model.head.weight: head}
+    for group in [*muon.param_groups, *adamw.param_groups]:
         p = group["params"][0]
-        factor = bank if p in banks else embedding if p is model.embedding.weight else head
+        factor = factors.get(p, 1)
         group["lr"] *= factor
         group["peak_lr"] *= factor
         if p in banks:
@@ -525,10 +528,9 @@ def varied_optimizers(model, lr_scale, bank=1.0, embedding=1.0, head=1.0, betas=
                 extra.append(rows(group["params"], group["lr"]))
     if rows:
         adamw.param_groups[:] = [g for g in adamw.param_groups if g["params"][0] not in banks]
-    if routers == "adamw" and banks:
-        held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
-        muon.param_groups[0]["params"] = [p for p in muon.param_groups[0]["params"] if p not in set(held)]
-        lr = 0.004 * lr_scale * (model.config.dim / 768) ** -0.5
+    if routers_by == "adamw" and held:
+        muon.param_groups[:] = [g for g in muon.param_groups if g["params"][0] not in set(held)]
+        lr = 0.004 * lr_scale * routers * (model.config.dim / 768) ** -0.5
         extra.append(torch.optim.AdamW(held, lr=lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0))
     for optimizer in extra:
         for group in optimizer.param_groups:
@@ -600,40 +602,48 @@ def note_of(label):
     return re.sub("[^a-z0-9.]+", "_", label.replace("β", "beta").replace("×", "x").lower())
 
 
+FACTORS = dict(bank=(1 / 2, 2, 4), routers=(1 / 8, 1 / 4, 1 / 2, 2, 4))
+
+
 def rates(lab):
-    """The rate of the bank × 1/2, 1, 2, 4 for the M of `scaling`, of MoVE and LaVE: does one rule suit all,
-    and what are more slots worth where each M has its own best rate? (Which is chosen afterwards: that
-    flatters it a little.)"""
-    factors, sizes, methods = (1 / 2, 1, 2, 4), sizes_for(lab.depth), {}
-    for memory, n_slots, factor in itertools.product(("lave", "move"), sizes, factors):
-        label = f"rate of the bank × {factor:g}"
-        change = dict(note=note_of(label), optimizers_of=functools.partial(varied_optimizers, bank=factor))
-        methods[memory, n_slots, factor] = lab.runs(memory, n_slots, **(change if factor != 1 else {}))
-    done, best, sentences = lab.train(methods), {}, []
-    for memory, n_slots in itertools.product(("lave", "move"), sizes):
-        factor = best[memory, n_slots] = min(factors, key=lambda f: mean(done[memory, n_slots, f]))
-        about = f"{memory}, M = {n_slots}, rate × "
-        sentences.append(f"{about}1 is the best." if factor == 1 else
-                         compare(f"{about}{factor:g}, the best,", done[memory, n_slots, factor], "× 1",
-                                 done[memory, n_slots, 1]))
+    """Factors on the rate of the bank, and on that of the routers, for the M of `scaling`, of MoVE and LaVE:
+    does one rule suit all, and what are more slots worth where each M has its own best rate? (Which is chosen
+    afterwards: that flatters it a little.)"""
+    sizes = sizes_for(lab.depth)
+    kinds = list(itertools.product(("lave", "move"), sizes))
+    changes = {f"rate of the {part} × {factor:g}": {part: factor}
+               for part in FACTORS for factor in FACTORS[part]}
+    methods = {(*kind, "as it is"): lab.runs(*kind) for kind in kinds}
+    for kind, (label, change) in itertools.product(kinds, changes.items()):
+        methods[(*kind, label)] = lab.runs(*kind, note_of(label), optimizers_of=functools.partial(
+            varied_optimizers, **change))
+    done, best, sentences, labels = lab.train(methods), {}, [], ["as it is", *changes]
+    for kind in kinds:
+        label = min(labels, key=lambda label, kind=kind: mean(done[(*kind, label)]))
+        best[kind], about = done[(*kind, label)], f"{kind[0]}, M = {kind[1]}"
+        sentences.append(compare(f"{about}, {label}, the best,", best[kind], "as it is",
+                                 done[(*kind, "as it is")])
+                         if label in changes else f"{about}: no change helps.")
     for memory, n_slots in itertools.product(("lave", "move"), sizes[1:]):
-        sentences.append(compare(f"{memory}, each at its best rate: M = {n_slots}",
-                                 done[memory, n_slots, best[memory, n_slots]], f"M = {sizes[0]}",
-                                 done[memory, sizes[0], best[memory, sizes[0]]]))
-    table = lab.table(["memory", "M", *(f"rate × {factor:g}" for factor in factors)],
-                      [[memory, n, *(spread(done[memory, n, factor]) for factor in factors)]
-                       for memory, n in best])
-    lab.write(table, sentences, [
-        dict(lines={f"{memory}, M = {n}": (factors, [mean(done[memory, n, factor]) for factor in factors])
-                    for n in sizes}, xlabel="factor on the rate of the bank",
-             ylabel="validation, bits per byte", xscale="log") for memory in ("lave", "move")])
+        sentences.append(compare(f"{memory}, each at its best rate: M = {n_slots}", best[memory, n_slots],
+                                 f"M = {sizes[0]}", best[memory, sizes[0]]))
+    table = lab.table(["memory", "M", *labels],
+                      [[*kind, *(spread(done[(*kind, label)]) for label in labels)] for kind in kinds])
+    panels = []
+    for memory, (part, factors) in itertools.product(("lave", "move"), FACTORS.items()):
+        at = {1: "as it is", **{factor: f"rate of the {part} × {factor:g}" for factor in factors}}
+        panels.append(dict(
+            lines={f"{memory}, M = {n}": (sorted(at), [mean(done[memory, n, at[x]]) for x in sorted(at)])
+                   for n in sizes},
+            xlabel=f"factor on the rate of the {part}", ylabel="validation, bits per byte", xscale="log"))
+    lab.write(table, sentences, panels)
 
 
 def recipe(lab):
     """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
     without memory, so that it is compared at its own best. For the rate of the bank see `rates`."""
     few, many = lab.slots, 4 * lab.slots
-    changes = {"routers by AdamW": dict(routers="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
+    changes = {"routers by AdamW": dict(routers_by="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
                "one second moment a row": dict(rows=RowAdamW),
                "one a row, touched rows only": dict(rows=RowAdam, bank=1 / 8)}

@@ -4,7 +4,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from move import Linear, memory_parameter_groups
+from move import Linear, ValueMixer, memory_parameter_groups
 from move_store import StoredAdamW, kernels_for, processes, stored_banks
 
 
@@ -106,14 +106,16 @@ def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT, and StoredAdamW if its banks are stored elsewhere (move_store.py); each of its
     parameters is in one group of one of them.
 
-    Muon takes the matrices of the blocks, routers included; AdamW takes the embedding, the head, the banks
-    and whatever else there is. The rates are nanochat's. Those of AdamW are times (d / 768)^-½. The banks
-    have their own: see memory_parameter_groups. lr_scale: a factor on all rates. Each group keeps its
-    highest rate as `peak_lr`: see set_learning_rates.
+    Muon takes the matrices of the blocks, routers as a group of their own; AdamW takes the embedding, the
+    head, the banks and whatever else there is. The rates are nanochat's. Those of AdamW are times
+    (d / 768)^-½. The banks have their own: see memory_parameter_groups. lr_scale: a factor on all rates.
+    Each group keeps its highest rate as `peak_lr`: see set_learning_rates.
     """
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    routers = {m.router for m in model.modules() if isinstance(m, ValueMixer)}
+    linear = [m for m in model.blocks.modules() if isinstance(m, Linear)]
+    matrices = [[m.weight for m in linear if (m in routers) == router] for router in (False, True)]
     memory = memory_parameter_groups(model, lr_scale)
-    taken = {model.embedding.weight, model.head.weight, *matrices}
+    taken = {model.embedding.weight, model.head.weight, *matrices[0], *matrices[1]}
     for group in memory:  # a router of another kind stays with AdamW
         group["params"] = [p for p in group["params"] if p not in taken]
         taken.update(group["params"])
@@ -126,7 +128,7 @@ def make_optimizers(model, lr_scale=1.0):
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
               dict(params=[model.head.weight, *rest], lr=0.004 * k)]
     optimizers = [
-        Muon(matrices, lr=0.02 * lr_scale),
+        Muon([dict(params=group) for group in matrices if group], lr=0.02 * lr_scale),
         AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10)]
     if stored:
         optimizers.append(StoredAdamW(model, stored))

@@ -58,19 +58,20 @@ def awake(model):
 @pytest.mark.parametrize("experiment, runs", [
     (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
     (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.late, 6),
-    (experiments.rates, 16), (experiments.recipe, 25)])
+    (experiments.rates, 12), (experiments.recipe, 25)])
 def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
     if experiment is experiments.rates:
-        monkeypatch.setattr(experiments, "sizes_for", lambda depth: [1, 2])  # at four rates, of each kind
+        monkeypatch.setattr(experiments, "sizes_for", lambda depth: [1, 2])  # at three rates, of each kind
+        monkeypatch.setattr(experiments, "FACTORS", dict(bank=[2], routers=[0.5]))
     experiments.main([experiment.__name__, *toy])
     name = f"{experiment.__name__}-small{'-d2' * ('--depth' in toy)}-quick"
     report = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     assert report["table"] and report["sentences"] and all(report["sentences"])
     for row in report["table"]:
-        values = [v for key, v in row.items() if key == "bits per byte" or key.startswith("rate ×")]
-        assert len(values) == (4 if experiment is experiments.rates else 1)
+        values = [v for key, v in row.items() if key in ("bits per byte", "as it is") or "×" in key]
+        assert len(values) == (3 if experiment is experiments.rates else 1)
         assert all(2 < float(value.split()[0]) < 8 for value in values)
     trained = [path for path in (tmp_path / "out" / "runs").iterdir() if path.is_dir()]
     assert len(trained) == runs
@@ -353,20 +354,25 @@ def test_one_second_moment_a_row_of_one_number_is_adamw():
 def test_varied_optimizers(memory):
     """Each parameter stays in one group of one optimizer; factors change the rates they are for."""
     model = small_model(memory)
-    usual = make_optimizers(model)[1].param_groups
-    banks = [m.weight for m in model.modules() if isinstance(m, ValueBank)]
-    for options in (dict(bank=4, embedding=0.5, head=2), dict(routers="adamw"),
+    usual = [group for optimizer in make_optimizers(model) for group in optimizer.param_groups]
+    banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
+    routers = {m.router.weight for m in model.modules() if isinstance(m, ValueMixer)}
+    kinds = dict(bank=banks, routers=routers, embedding={model.embedding.weight}, head={model.head.weight})
+    for options in (dict(bank=4, routers=3, embedding=0.5, head=2), dict(routers_by="adamw"),
                     dict(rows=experiments.RowAdam), dict(rows=experiments.RowAdamW)):
-        groups = [g for o in experiments.varied_optimizers(model, 1.0, **options) for g in o.param_groups]
+        taken = experiments.varied_optimizers(model, 1.0, **options)
+        groups = [g for optimizer in taken for g in optimizer.param_groups]
         held = [p for g in groups for p in g["params"]]
         assert len(held) == len(set(held)) and set(held) == set(model.parameters())
         assert all(g["lr"] == g["peak_lr"] for g in groups)
+        by_muon = {p for g in taken[0].param_groups for p in g["params"]}
+        assert routers & by_muon == (set() if "routers_by" in options else routers)
         rates = {p: g["lr"] for g in groups for p in g["params"]}
         for group in usual:
             for p in group["params"]:
-                kind = "bank" if any(p is bank for bank in banks) else \
-                    "embedding" if p is model.embedding.weight else "head"
-                assert rates[p] == pytest.approx(group["lr"] * options.get(kind, 1))
+                factor = next((options.get(kind, 1) for kind, params in kinds.items() if p in params), 1)
+                if p in by_muon or p not in routers:
+                    assert rates[p] == pytest.approx(group["lr"] * factor)
 
 
 @pytest.mark.parametrize("rows", [None, experiments.RowAdam, experiments.RowAdamW])
