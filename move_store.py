@@ -24,6 +24,7 @@ Shapes: V ids, M slots of an id, d the width of a slot, as in move.py. A row is 
 (M, d). Process r of N owns the rows of the ids r, r + N, r + 2N, …
 """
 import contextlib
+import functools
 import math
 import weakref
 from typing import NamedTuple
@@ -115,7 +116,7 @@ class Steps:
     step that can have been a row's last, 0 to t."""
 
     def __init__(self, dtype, device):
-        self.betas, self.eps, self.t = (0.8, 0.95), 1e-10, 0
+        self.betas, self.eps, self.t, self.chosen = (0.8, 0.95), 1e-10, 0, False
         self.dtype = torch.promote_types(dtype, torch.float32)  # in which rows are computed
         self.c = torch.zeros(1, dtype=torch.float64, device=device)
 
@@ -123,9 +124,21 @@ class Steps:
         """ValueError if a moment that fades would move a row for ever, or if the steps so far had others."""
         if betas[0] ** 2 >= betas[1]:
             raise ValueError(f"β1² must be less than β2, not as in {betas}")
-        if self.t and (tuple(betas), eps) != (tuple(self.betas), self.eps):
-            raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}")
-        self.betas, self.eps = betas, eps
+        if self.t and (tuple(betas), eps) != (self.betas, self.eps):
+            raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}, not with "
+                             f"{tuple(betas)} and {eps}")
+        self.betas, self.eps, self.chosen = tuple(betas), eps, True
+
+    def load(self, t, c, adam):
+        """Goes on after step t; adam: β1, β2, ε of the steps so far, or None where they are not known.
+        ValueError if an optimizer that is there has others."""
+        if adam is not None:
+            *betas, eps = adam.tolist()
+            if self.chosen and (tuple(betas), eps) != (self.betas, self.eps):
+                raise ValueError(f"these rows have done {t} steps with {tuple(betas)} and {eps}, the "
+                                 f"optimizer of this bank has {self.betas} and {self.eps}")
+            self.betas, self.eps = tuple(betas), eps
+        self.t, self.c = t, c.clone().to(self.c.device)
 
     def constants(self, lr):
         """What the next step needs: 1 - β1, 1 - β2, lr/(1 - β1^t), 1 - β2^t and eps."""
@@ -338,17 +351,24 @@ class StoredBank(nn.Module):
             self.read(np.unique(idx.cpu().numpy()))
         if self.borrowed is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the forward pass")
-        return self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
+        weight = self.working_set.weight
+        memory = self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
+        if torch.is_tensor(memory) and memory.requires_grad:  # the kernels look by themselves
+            memory.register_hook(functools.partial(refuse_replaced, weight, weight._version))
+        return memory
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def read(self, ids):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
-        as they are after the last update, without a gradient. RuntimeError if one waits for its update."""
-        if self.borrowed is not None and self.working_set.weight.grad is not None:
+        as they are after the last update, without a gradient. RuntimeError if one waits for its update, and
+        in a backward pass later whose forward pass had other rows."""
+        weight = self.working_set.weight
+        if self.borrowed is not None and weight.grad is not None and weight.grad.any():
             raise RuntimeError("a gradient of the rows that are borrowed waits: call the optimizer's step or "
                                "model.zero_grad() before other rows are read")
-        self.borrowed = self.working_set.weight.grad = None  # of other ids
+        self.borrowed = weight.grad = None  # of other ids
+        torch.autograd.graph.increment_version(weight)  # autograd is to know that it is written
         share, device = self.prefetched, self.place.device
         same = torch.tensor(int(share is not None and np.array_equal(ids, share.ids)))
         if self.n > 1:  # all processes do the same
@@ -394,16 +414,22 @@ class StoredBank(nn.Module):
             larger = min(self.vocab_size, n + n // 4 + 64)  # each time torch.compile compiles anew
             weight.data = weight.data.new_zeros(0, *weight.shape[1:])  # frees it first
             # A new parameter, since the loss of a step before, if it is still there, knows the old shape.
-            weight = self.working_set.weight = nn.Parameter(weight.data.new_zeros(larger, *weight.shape[1:]))
+            weight = self.working_set.weight = nn.Parameter(
+                weight.data.new_zeros(larger, *weight.shape[1:]), weight.requires_grad)
         return weight.data[:n]
 
     @torch.no_grad()
     def update(self, lr):
-        """A step of AdamW for the rows that were read, by the gradient of the working set. After it they must
-        be read again."""
+        """A step of AdamW for the rows that were read, by the gradient of the working set; none if no process
+        has one. After it they must be read again."""
         if self.borrowed is None:
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the step")
         (share, held, seats), weight, steps = self.borrowed, self.working_set.weight, self.steps
+        self.borrowed, trained = None, torch.tensor(int(weight.grad is not None))
+        if self.n > 1:  # one without a batch has none
+            dist.all_reduce(trained, dist.ReduceOp.MAX)
+        if not trained:
+            return
         n, last = len(share.ids), self.rows.last[held]
         g = weight.new_zeros(n, *weight.shape[1:]) if weight.grad is None else weight.grad[:n].contiguous()
         decay = torch.stack([beta ** (steps.t + 1 - last).double() for beta in steps.betas])
@@ -412,7 +438,13 @@ class StoredBank(nn.Module):
                     to_device(share.sources, held.device), steps.constants(lr))
         steps.count(lr)
         self.rows.last.index_fill_(0, held, steps.t)  # [held] = t would wait for the GPU
-        self.borrowed = None
+
+
+def refuse_replaced(weight, version, gradient):
+    """A hook of a memory: RuntimeError if the rows that it was read from are no longer in the weight."""
+    if weight._version != version:
+        raise RuntimeError("other rows were borrowed between this forward pass and its backward pass; borrow "
+                           "all ids of a step at once")
 
 
 def exchange(sent, sent_counts, received_counts, received=None):
@@ -492,8 +524,9 @@ class StoredAdamW:
 
 def content_to_save(model):
     """What a file of this process holds: {name of the bank: dict of its rows (n, 3, M, d), p, m and v
-    each, their last steps, and c}."""
-    return {name: dict(rows=bank.rows.flush(), last=bank.rows.last, c=bank.steps.c)
+    each, their last steps, c, and β1, β2, ε as `adam`}."""
+    return {name: dict(rows=bank.rows.flush(), last=bank.rows.last, c=bank.steps.c,
+                       adam=torch.tensor([*bank.steps.betas, bank.steps.eps], dtype=torch.float64))
             for name, bank in stored_banks(model).items()}
 
 
@@ -514,12 +547,17 @@ def pieces(files):
 
 
 def load_stored(bank, files, step):
-    """Fills a StoredBank from all the files of a checkpoint: see pieces."""
+    """Fills a StoredBank from all the files of a checkpoint (see pieces), or, if there are as many processes
+    as files, from the one that this process wrote. ValueError if they are of a bank of another size, or if
+    the optimizer of this bank has other betas or eps."""
+    for state, first, stride in files:
+        if (found := len(state["rows"])) != (fits := len(range(first, bank.vocab_size, stride))):
+            raise ValueError(f"a file has {found} rows, where this bank of {bank.vocab_size} has {fits}")
     bank.borrowed = None
     for ids, rows, last in pieces(files):
         mine = ids % bank.n == bank.rank
         bank.rows.put((ids[mine] // bank.n).to(bank.place.device), rows[mine], last[mine])
-    bank.steps.t, bank.steps.c = step, files[0][0]["c"].clone().to(bank.place.device)
+    bank.steps.load(step, files[0][0]["c"], files[0][0].get("adam"))
 
 
 def load_plain(weight, files, step, eps=1e-10, moments=None, betas=None):

@@ -109,7 +109,7 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 6
+FORMAT = 7
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
             data=dict, meta=dict, model=dict, optimizers=dict, rows=list)
 MUON, ADAMW = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}  # the states of a parameter
@@ -304,7 +304,7 @@ def rows_in_checkpoint(state, name):
 
 
 def read_rows(folder, state):
-    """The rows of stored banks: {name: [(dict of rows, last and c, first id, stride) of each file]}."""
+    """The rows of stored banks: {name: [(dict of rows, last, c and adam, first id, stride) of each file]}."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**state["config"]))
     shapes = {name: model.get_submodule(name).weight.shape for name in banks_of(model)}
@@ -328,14 +328,16 @@ def read_rows(folder, state):
 
 def check_rows(state, n, n_slots, dim, step):
     """ValueError unless this is the state of n rows (M, d). `pieces` checks later that they are finite."""
-    require(state.keys() == {"rows", "last", "c"} and all(map(torch.is_tensor, state.values())),
+    require(state.keys() == {"rows", "last", "c", "adam"} and all(map(torch.is_tensor, state.values())),
             "it has other entries")
     rows = state["rows"]
     require(rows.shape == (n, 3, n_slots, dim) and rows.is_floating_point(), "its rows have another shape")
-    last, c = state["last"], state["c"]
+    last, c, adam = state["last"], state["c"], state["adam"]
     require(last.shape == (n,) and last.dtype == torch.int64 and ((0 <= last) & (last <= step)).all(),
             "its rows have done other steps")
     require(c.shape == (step + 1,) and c.dtype == torch.float64 and c.isfinite().all(), "its rates are wrong")
+    require(adam.shape == (3,) and adam.dtype == torch.float64 and (0 <= adam).all() and (adam < 1).all(),
+            "its moments fade otherwise")
 
 
 def check_tensor(tensor, expected, name):

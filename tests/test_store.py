@@ -939,3 +939,84 @@ def test_the_command_names_its_home(data_dir, tmp_path, capsys):
     fails(train_gpt, command(data_dir, tmp_path / "run", "--bank_home", "disk"), "bank_home")
     train_gpt.main(command(data_dir, tmp_path / "run", "--bank_home", "host", "--max_steps", 1))
     assert re.search("parameters: .*memory 0.1M", capsys.readouterr().out)
+
+
+@every_home
+def test_a_frozen_bank_is_not_trained(home):
+    model, optimizer = build(home)
+    model.bank.requires_grad_(False)
+    before = model.bank.rows.flush().clone()
+    for step in range(2):  # the working set grows
+        idx, targets = batch(step)
+        borrow(model, [idx])
+        model(idx, targets).backward()
+        optimizer.step()
+    assert torch.equal(model.bank.rows.flush(), before)
+
+
+@every_home
+def test_a_step_without_a_gradient_changes_nothing(home):
+    """As AdamW's. (A batch may be skipped.)"""
+    (model, optimizer), (plain, adamw) = build(home), build(None)
+    for step in range(4):
+        idx, targets = batch(step)
+        borrow(model, [idx])
+        if step != 2:
+            model(idx, targets).backward()
+            plain(idx, targets).backward()
+        optimizer.step()
+        adamw.step()
+        plain.zero_grad()
+    rows = torch.empty_like(plain.bank.weight)
+    content = move_store.content_to_save(model)["bank"]
+    move_store.load_plain(rows, [(content, 0, 1)], model.bank.steps.t, eps=1e-20)
+    assert model.bank.steps.t == 3
+    torch.testing.assert_close(rows, plain.bank.weight.detach(), rtol=0, atol=1e-6)
+
+
+@every_home
+@pytest.mark.parametrize("fewer", [True, False])
+def test_a_backward_pass_whose_rows_were_replaced_raises(home, fewer):
+    """Its gradients would be those of other ids; also where the working set has grown meanwhile."""
+    model, _ = build(home)
+    few, many = torch.tensor([[190, 191, 192]]), torch.arange(180).view(15, 12)
+    first, then = (many, few) if fewer else (few, many)
+    borrow(model, [first])
+    loss = model(first, first)
+    borrow(model, [then])
+    with pytest.raises(RuntimeError, match="backward"):
+        (loss + model(then, then)).backward()
+
+
+@every_home
+def test_rows_go_on_with_the_betas_that_they_had(home):
+    bank, step, content = one_bank(home)  # 0.8, 0.95
+    step([1, 2, 3])
+    saved = content()
+
+    def optimizer_of(bank, betas):
+        return StoredAdamW(torch.nn.ModuleDict(dict(bank=bank)), [
+            dict(params=[bank.working_set.weight], lr=0.1, betas=betas, eps=1e-10, weight_decay=0)])
+
+    new = StoredBank(100, 1, 4, home=home)
+    move_store.load_stored(new, [(saved, 0, 1)], 1)
+    with pytest.raises(ValueError, match="0.8"):
+        optimizer_of(new, (0.9, 0.99))
+    optimizer_of(new, (0.8, 0.95))
+    other = StoredBank(100, 1, 4, home=home)
+    optimizer_of(other, (0.9, 0.99))
+    with pytest.raises(ValueError, match="0.99"):
+        move_store.load_stored(other, [(saved, 0, 1)], 1)
+    with pytest.raises(ValueError, match="120"):
+        move_store.load_stored(StoredBank(120, 1, 4, home=home), [(saved, 0, 1)], 1)
+
+
+def test_gradients_that_are_zero_do_not_wait():
+    model, _ = build("host")
+    idx, targets = batch(0)
+    borrow(model, [idx])
+    model(idx, targets).backward()
+    with pytest.raises(RuntimeError):
+        borrow(model, [targets])
+    model.zero_grad(set_to_none=False)
+    borrow(model, [targets])
