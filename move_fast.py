@@ -412,8 +412,8 @@ class Memory:
         self.tickets, self.pair, self.layer = (), None, None  # pair: see of_layer
 
     def to(self, *args):
-        raise RuntimeError("this memory is of an accelerated bank, and the ValueMixer that reads it is of a "
-                           "model that is not: call accelerate() on that, too")
+        raise RuntimeError("this memory is of an accelerated bank: pass it on as it is; if the ValueMixer "
+                           "that reads it is of a model that is not, call accelerate() on that, too")
 
     def tensor(self):
         """M_t (B, T, M, W), as the reference has it."""
@@ -619,7 +619,9 @@ class FastGPT(move.GPT):
         return super().decoding_step(pick, steps)
 
     def loss(self, x, targets):
-        if x.dtype == torch.float16:  # whose range is too small for sums over thousands of tokens
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if dtype == torch.float16:  # whose range is too small for sums over thousands of tokens
             return super().loss(x, targets)
         return linear_cross_entropy(move.rms_norm(x).flatten(0, 1), self.head.weight, targets.flatten())
 
@@ -669,6 +671,9 @@ def edited():
             return (f"{owner.__name__}.{name} is not the one that the kernels have a copy of; if its numbers "
                     f"are the same, write {found} into COPIED of move_fast.py")
     return None
+
+
+GLOBAL_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 def has_backward_hooks(module):
@@ -752,7 +757,7 @@ def checked_ids(idx: torch.Tensor, vocab_size: int, key: int) -> torch.Tensor:
     if idx.is_cuda:
         torch._assert_async(in_range, "a token id is out of range")
     elif not in_range:
-        raise IndexError(f"token ids must be from 0 to {vocab_size - 1}")
+        raise IndexError(f"token ids must be from 0 to {vocab_size - 1}, and in a stored bank borrowed")
     return idx.flatten().to(torch.int32, copy=True)  # an op may not return its input
 
 
@@ -792,6 +797,8 @@ def obstacle(model):
     """Why a model cannot be accelerated, in words; or None."""
     if what := edited():
         return what
+    if any(getattr(torch.nn.modules.module, f"_global_{kind}", None) for kind in GLOBAL_HOOKS):
+        return "there are hooks for all modules"
     mixers = []
     for module in model.modules():
         inside = {type(m) for m in module.modules()} if has_backward_hooks(module) else ()
@@ -821,13 +828,13 @@ def accelerate(model, log=print):
     number that is not finite also makes NaN of other tokens in the same matrix product.
 
     It swaps the classes of all modules of exactly the types in FAST, or of none: for a subclass, another
-    router, a hook, a method that was replaced, or a move.py whose equations were edited, it logs one line
-    and leaves the reference, which honours them all. What is changed later raises RuntimeError at the
-    next forward pass.
+    router, a hook, also one for all modules, a method that was replaced, or a move.py whose equations were
+    edited, it logs one line and leaves the reference, which honours them all. What is changed later raises
+    RuntimeError at the next forward pass.
 
-    An accelerated bank gives a private handle, which only ValueMixers can read: hooks put on a layer later do
-    not see the memory. A gradient of a gradient is a RuntimeError. A table that a single layer reads, as in
-    LaVE, is left to the reference, which torch.compile makes as fast.
+    An accelerated bank gives a private handle, which only ValueMixers can read: hooks that are put on a layer
+    or on all modules later do not see the memory. A gradient of a gradient is a RuntimeError. A table that a
+    single layer reads, as in LaVE, is left to the reference, which torch.compile makes as fast.
     """
     for module in model.modules():  # a model may be accelerated again
         if type(module) in REFERENCE:
@@ -837,9 +844,12 @@ def accelerate(model, log=print):
         return False
     modules = [m for m in model.modules() if type(m) in FAST]
     banks, mixers = ([m for m in modules if type(m) is kind] for kind in (move.ValueBank, move.ValueMixer))
-    for module in modules:
-        if len(banks) < len(mixers) or type(module) not in (move.ValueBank, move.ValueMixer):
-            module.__class__ = FAST[type(module)]
+    swapped = [m for m in modules if len(banks) < len(mixers) or m not in {*banks, *mixers}]
+    if not swapped:
+        log("no kernels: there is no bank that several layers read, and no GPT")
+        return False
+    for module in swapped:
+        module.__class__ = FAST[type(module)]
     parts, inside = [(weakref.ref(m), type(m)) for m in modules], {None, *model.modules()}
     for module in modules:
         if hasattr(module, "key"):

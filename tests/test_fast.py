@@ -536,6 +536,42 @@ def test_backward_hooks_that_would_not_see_the_memory(where):
             model(random_ids(2, 9, vocab_size=30))
 
 
+@pytest.mark.parametrize("register", [
+    nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook,
+    nn.modules.module.register_module_full_backward_hook,
+    nn.modules.module.register_module_full_backward_pre_hook])
+def test_hooks_for_all_modules_are_honoured(register):
+    model, said = GroupedQueries().to(DEVICE), []
+    handle = register(lambda *_: None)
+    try:
+        assert not accelerate(model, log=said.append) and len(said) == 1
+    finally:
+        handle.remove()
+    assert accelerate(model)
+
+
+def test_nothing_to_accelerate_is_said():
+    said = []
+    single = GroupedQueries().to(DEVICE)
+    single.mixers = single.mixers[:1]  # a table that one layer reads
+    for model in (nn.Linear(3, 3).to(DEVICE), single):
+        assert not accelerate(model, log=said.append)
+    assert len(said) == 2 and type(single.bank) is ValueBank
+
+
+def test_rows_that_are_replaced_before_the_backward_pass_are_an_error():
+    torch.manual_seed(0)
+    model = GPT(small_config(), bank=partial(move_store.StoredBank, home="gpu", device=DEVICE)).to(DEVICE)
+    assert accelerate(model)
+    few, many = torch.tensor([[1, 2, 3]]), torch.arange(60).view(3, 20)
+    for first, then in ((few, many), (many, few)):  # the working set grows, or not
+        move_store.borrow(model, [first])
+        loss = model(first.to(DEVICE), first.to(DEVICE))
+        move_store.borrow(model, [then])
+        with pytest.raises(RuntimeError):
+            loss.backward()
+
+
 def test_a_model_with_a_length():
     """As torch.compile's, which has none to give."""
     model, idx = random_model(small_config()), random_ids(2, 9)
@@ -573,13 +609,16 @@ def test_the_loss_in_float16_does_not_overflow():
     x = torch.randn(1, 8192, 128, device=DEVICE)
     x[..., 0] = 40
     targets = torch.where(torch.rand(1, 8192, device=DEVICE) < 0.9, 0, random_ids(1, 8192).to(DEVICE))
-    gradients = []
-    for fast in (False, True):
-        assert not fast or accelerate(model)
-        model.zero_grad()
-        model.loss(x.to(F16), targets).backward()
-        gradients.append(model.head.weight.grad.clone())
-    assert gradients[1].isfinite().all() and torch.allclose(*gradients, atol=1e-3)
+    fast = copy.deepcopy(model)
+    assert accelerate(fast)
+    for autocast in (False, True):
+        for m in (model, fast):
+            m.zero_grad()
+            with torch.autocast(DEVICE, F16, enabled=autocast):
+                loss = m.loss(x if autocast else x.to(F16), targets)
+            loss.backward()
+        gradients = [m.head.weight.grad for m in (model, fast)]
+        assert gradients[1].isfinite().all() and torch.allclose(*gradients, atol=1e-3)
 
 
 def test_what_the_kernels_cannot_do_is_left_to_the_reference(monkeypatch):
