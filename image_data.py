@@ -56,15 +56,19 @@ def nearest(patches, codebook):
 def fit_codebook(images, n_codes, seed=0, iterations=10, patches_a_code=64):
     """k-means (Lloyd's algorithm) on a sample of the patches of training images → uint8 (n_codes, 12).
 
-    Starts from patches that differ; a code that no patch is nearest to moves to the worst served patch.
+    Starts from patches that differ, of all images if the sample has too few; a code that no patch is nearest
+    to moves to the worst served patch.
     ValueError if there are fewer different patches than codes.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    patches = to_patches(images).reshape(-1, PATCH * PATCH * 3)
+    every = patches = to_patches(images).reshape(-1, PATCH * PATCH * 3)
     rng = np.random.default_rng(seed)
     if len(patches) > n_codes * patches_a_code:
         patches = patches[np.sort(rng.choice(len(patches), n_codes * patches_a_code, replace=False))]
     distinct = np.unique(patches, axis=0)
+    if len(distinct) < n_codes and len(patches) < len(every):
+        distinct = np.unique(every, axis=0)
+        patches = np.concatenate((patches, distinct))
     if len(distinct) < n_codes:
         raise ValueError(f"the images have {len(distinct)} different patches, fewer than {n_codes} codes; "
                          "lower --codebook_size")

@@ -434,7 +434,7 @@ def in_hash_order(contents):
 def without_ends(document):
     """A document with \\n as line ends and no blanks around it: where two are the same, they are duplicates.
     (The last one of a file has a line end after it, the others have none.)"""
-    return document.strip().replace("\r\n", "\n")
+    return document.strip().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def split_documents(documents):
@@ -461,11 +461,11 @@ def split_documents(documents):
         longest = max(range(len(train)), key=lambda i: len(train[i]))
         text = train[longest]
         missing = val_size - filled
-        cut = len(text) - missing
+        cut = len(text.rstrip()) - missing
         cut = text.rfind("\n", max(0, cut - missing), cut) + 1 or cut  # at the end of a line, if one is near
         train[longest] = text[:cut]
         val.append(text[cut:])
-    if not any(train) or not any(val):
+    if not all(any(document.strip() for document in part) for part in (train, val)):
         raise UserError("there is too little text to split into training and validation")
     return train, val
 
@@ -804,8 +804,9 @@ def main(argv=None):
     if not 2 <= args.codebook_size <= 65536:
         raise UserError(f"--codebook_size must be from 2 to 65536, not {args.codebook_size}")
     name = given[0] if args.name is None else args.name
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"--name must be the name of a folder in {args.data_dir}, not {name!r}")
+    if name in ("", ".", "..") or Path(name).name != name or len(os.fsencode(name)) > 200:
+        raise UserError(f"--name must be the name of a folder in {args.data_dir}, of up to 200 bytes, not "
+                        f"{name!r}")
     folder = args.data_dir / name
     vocab_size = args.vocab_size
     if vocab_size is None:

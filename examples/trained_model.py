@@ -16,9 +16,12 @@ def start_from_trained(model):
 
     But equal slots under equal gates get equal gradients, g_i dV_S, and stay equal for ever. So it is the
     gates of the slots that start at random; those of the values do not. As in LoRA, one factor of a product
-    is random, the other one zero. std: for inputs of unit variance, which is what a norm gives.
+    is random, the other one zero. std: for inputs of unit variance, which is what a norm gives. ValueError
+    for a stored bank.
     """
     for module in model.modules():
+        if hasattr(module, "working_set"):  # a StoredBank of move_store.py
+            raise ValueError("the rows of a stored bank are elsewhere; start from a plain bank")
         if isinstance(module, ValueBank):
             nn.init.zeros_(module.weight)
         if isinstance(module, ValueMixer):

@@ -124,6 +124,7 @@ def test_documents_that_differ_in_their_last_line_end_are_one(tmp_path, capsys):
         (tmp_path / f"{i}.txt").write_text(text + "\n")
     (tmp_path / "lines.txt").write_bytes(b"two\nlines")
     (tmp_path / "dos.txt").write_bytes(b"two\r\nlines\r\n")
+    (tmp_path / "mac.txt").write_bytes(b"\rtwo\rlines\r")
     (tmp_path / "joined.txt").write_text(f"\r\n{SEPARATOR}\r\n".join(TEXTS))
     files = [str(path) for path in tmp_path.glob("*.txt")]
     found = []
@@ -131,15 +132,26 @@ def test_documents_that_differ_in_their_last_line_end_are_one(tmp_path, capsys):
         prepare_data.main(["--text", *order, "--name", str(i), "--vocab_size", "300", "--data_dir",
                            str(tmp_path)])
         found.append(prepare_data.load_dataset(tmp_path / str(i)).meta)
-    kept = sorted(document.strip().replace("\r", "") for document in documents_of(tmp_path / "0"))
+    kept = sorted("\n".join(document.strip().splitlines()) for document in documents_of(tmp_path / "0"))
     assert kept == sorted([*TEXTS, "two\nlines"])
-    assert found[0]["dropped"]["duplicate"] == len(TEXTS) + 1 and found[0]["files"] == found[1]["files"]
+    assert found[0]["dropped"]["duplicate"] == len(TEXTS) + 2 and found[0]["files"] == found[1]["files"]
+
+
+@pytest.mark.parametrize("documents", [
+    ["word and more words\n" * 100 + "\n" * 400], ["\n" * 200 + "word " * 200],
+    ["a b c\n" * 60, "\n" * 900 + "d"]])
+def test_no_part_is_blank(documents):
+    for part in prepare_data.split_documents(documents):
+        assert any(document.strip() for document in part)
+    with pytest.raises(prepare_data.UserError):
+        prepare_data.split_documents(["\n" * 1000 + "word " * 20])
 
 
 def test_a_folder_for_data_that_cannot_be_is_no_late_surprise(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(f"\n{SEPARATOR}\n".join(TEXTS))
     monkeypatch.setattr(prepare_data, "train_tokenizer", None)  # hours
     fails(prepare_data, ["--text", tmp_path / "a.txt", "--data_dir", tmp_path / "a.txt" / "data"], "a.txt")
+    fails(prepare_data, ["--text", tmp_path / "a.txt", "--name", "n" * 240, "--data_dir", tmp_path], "--name")
 
 
 def test_long_runs_and_long_documents_come_back_whole(tmp_path):

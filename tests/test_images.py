@@ -82,6 +82,16 @@ def test_as_many_codes_as_patches_lose_nothing():
         image_data.fit_codebook(images, 21)
 
 
+def test_seldom_patches_make_codes_too():
+    """The sample of mostly flat images may have fewer than all of them."""
+    images = np.full((2000, 4, 4, 3), 255, np.uint8)
+    images[:4] = random_images(4, 4, 4)  # 16 patches, and the white one
+    codebook = image_data.fit_codebook(images, 17)
+    assert (image_data.decode(image_data.encode(images, codebook), codebook, (2, 2)) == images).all()
+    with pytest.raises(ValueError, match="17 .*18"):
+        image_data.fit_codebook(images, 18)
+
+
 def test_k_means_finds_clusters_and_is_the_same_every_time():
     rng = np.random.default_rng(0)
     centers = rng.permutation(np.linspace(20, 235, 8)).repeat(12).reshape(8, 12)

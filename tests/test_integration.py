@@ -14,6 +14,7 @@ from torch import nn
 
 import move
 from move import GPT, GPTConfig, ValueMixer, memory_parameter_groups
+from move_store import StoredBank
 
 HERE = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads folders only
@@ -442,6 +443,13 @@ def test_a_memory_for_a_trained_model(trained):
     moved, seen = slots.any(-1), tokens[:, :-1].unique()
     assert moved[seen].all() and moved.sum() == 4 * len(seen)
     assert differences(slots[7]).min() > 0.1, differences(slots[7])
+
+
+def test_a_stored_bank_is_no_start():
+    """Its rows are not among the parameters, so that they would stay as they are."""
+    model = GPT(GPTConfig(64, 8, 1, 1, 16, n_slots=2), bank=lambda *shape: StoredBank(*shape, home="host"))
+    with pytest.raises(ValueError):
+        example("trained_model.py")["start_from_trained"](model)
 
 
 def test_a_zero_bank_under_equal_gates_would_have_one_slot(trained):
