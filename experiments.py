@@ -17,8 +17,8 @@
     recipe            optimizers and start of the memory, one change at a time
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
-out/experiments/<name>-<dataset>.json and .png, or <name>-<dataset>-dN with --depth N. Then there are checks
-and measurements of benchmarks.py:
+out/experiments/<name>-<dataset>.json and, but for recipe, a chart beside it; with --depth N the name ends in
+-dN, with --quick in -quick. Then there are checks and measurements of benchmarks.py:
 
     python experiments.py curves out/<run> out/<run>             losses and gates of several runs in one chart
     python experiments.py words out/<run>                        does a run write words, and words of its own?
@@ -161,10 +161,18 @@ def ablation(lab):
 
 def page(args):
     """gates --text: the page, of a run that is there."""
+    refuse_flags_of_runs(args, "--text", "device")
     folder, path, text = args.run or newest_run("text"), args.out_dir / "gates.html", text_of(args.text)
     make_folder(args.out_dir, "--out_dir")
     write_page(*load_run(folder), text, path)
     print(f"wrote {path}, the gates of the run in {folder}; open it in a browser")
+
+
+def refuse_flags_of_runs(args, beside, *others):
+    """UserError for the flags of new runs, and others, beside the flag of a run that is there."""
+    for flag in ("dataset", "depth", "seeds", "steps", "quick", *others):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} is for new runs; leave it out with {beside}")
 
 
 def gates(lab):
@@ -172,9 +180,7 @@ def gates(lab):
     that within one sense, by layer and by length of the context, for the words of docs/senses.txt. With
     --text no test: a page of HTML that shows the gates of a text."""
     if run := lab.args.run:
-        for flag in ("dataset", "depth", "seeds", "steps", "quick"):
-            if getattr(lab.args, flag):
-                raise UserError(f"--{flag} is for new runs; leave it out with --run")
+        refuse_flags_of_runs(lab.args, "--run")
         folders, lab.flags = [run], read_checkpoint(run)["flags"]
         lab.report = lab.args.out_dir / f"gates-{run.resolve().name}.json"
     else:

@@ -274,8 +274,11 @@ def visible(token):
 
 def write_page(model, encoding, text, path):
     """Writes an HTML page, whole in itself: the text, each token colored by the share of `observe`, and its
-    gates. A text of more than seq_len - 1 tokens is cut, and the page says so. Gates are rounded to 1/127."""
+    gates. A text of more than seq_len - 1 tokens is cut, and the page says so. Gates are rounded to 1/127.
+    UserError if seq_len is 1."""
     room = model.config.seq_len - 1  # the separator comes first
+    if not room:
+        raise UserError("this model reads 1 token, the separator; train one with a longer --seq_len")
     with tiktoken_errors("the text"):
         ids = itertools.chain.from_iterable(map(encoding.encode_ordinary, pieces(text)))
         ids = list(itertools.islice(ids, room + 1))

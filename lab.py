@@ -196,17 +196,25 @@ def take_gpu(free):
 
 
 def is_done(run, folder):
-    """Whether a run has ended, and left what its look found and the checkpoint that is to be kept."""
+    """Whether a run has ended, and left its log, what its look found, and the checkpoint that is kept."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
-    content = settings.read_text() if settings.exists() and (path / "log.jsonl").exists() else ""
-    if not content.startswith(settings_of(run) + "\n") or (run.look and content.endswith("\nnull\n")):
+    try:
+        about, _, look = settings.read_text(errors="replace").splitlines()
+        found = json.loads(look)
+        if about != settings_of(run) or (run.look and found is None):
+            return False
+        steps = read_log(path, "val_bits_per_byte")[0]
+        every, last = run.flags["eval_every"], run.flags["max_steps"]
+        if steps != [*range(0, last, every), last] or not read_log(path, "tokens_per_s")[0]:
+            return False
+    except (OSError, ValueError):  # a file that is missing or damaged
         return False
     if run.keep:
         try:
             read_checkpoint(path, verify=True)
         except UserError:  # there is none, or one that is damaged or of another version
             return False
-    return read_log(path, "val_bits_per_byte")[0][-1:] == [run.flags["max_steps"]]
+    return True
 
 
 RECIPE = 5  # to be raised where a change of the code changes what a run finds
@@ -226,7 +234,7 @@ def train_run(run, folder):
     """Trains a run from its start; if another process does, waits for that. What it prints goes to <run>.txt
     → None, or what went wrong."""
     path, settings = folder / run.name, folder / f"{run.name}.json"
-    with open(folder / f"{run.name}.txt", "a") as file, contextlib.redirect_stdout(file):
+    with open(folder / f"{run.name}.txt", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         try:
             lock(file)
             if is_done(run, folder):
@@ -235,6 +243,8 @@ def train_run(run, folder):
             shutil.rmtree(path, ignore_errors=True)  # of a run that did not end
             settings.unlink(missing_ok=True)
             content = train_and_look(run, path)
+        except KeyboardInterrupt:  # not as train_gpt.py says it
+            raise KeyboardInterrupt("stopped; the same command trains this run from its start") from None
         except Exception as error:  # the other runs go on
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:

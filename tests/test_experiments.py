@@ -108,7 +108,9 @@ def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
     experiments.main(["gates", "--run", str(run.parent), "--text", str(tmp_path / "a.txt"), "--out_dir",
                       str(tmp_path / "out")])
     assert "&lt;" in (tmp_path / "out" / "gates.html").read_text()
-    fails(experiments, ["gates", *toy, "--run", tmp_path, "--text", "x"], "checkpoint.pt")
+    fails(experiments, ["gates", "--run", tmp_path, "--text", "x"], "checkpoint.pt")
+    for flag in (["--quick"], ["--steps", 3], ["--device", "cpu"]):
+        fails(experiments, ["gates", "--run", run.parent, "--text", "x", *flag], flag[0])
     monkeypatch.setattr(experiments, "read_senses", lambda path: [
         ("the", sense, f"{'one two three four ' * 3}{end} the") for sense in "ab" for end in ("x", "y")])
     experiments.main(["gates", "--run", str(run.parent), "--out_dir", str(tmp_path / "out")])
@@ -661,3 +663,61 @@ def test_copied_text_is_found():
     assert benchmarks.copied("abcdefgh", "xxcdefyy", 4) == "cdef"
     assert benchmarks.copied("abcdefgh", "xxcdefyy", 5) is None
     assert benchmarks.copied("abc", "abc", 4) is None
+
+
+def one_run(data_dir, tmp_path, steps):
+    """A run without memory, and the folder for it."""
+    args = argparse.Namespace(quick=True, dataset="small", data_dir=data_dir, out_dir=tmp_path, device="cpu",
+                              depth=1, seeds=1, steps=steps)
+    (tmp_path / "runs").mkdir()
+    run, = lab.Lab(args, "x").runs("none")
+    return run, tmp_path / "runs"
+
+
+def test_a_run_with_a_damaged_result_is_not_done(toy, data_dir, tmp_path):
+    run, folder = one_run(data_dir, tmp_path, steps=8)
+    assert lab.train_run(run, folder) is None and lab.is_done(run, folder)
+    path, log = folder / f"{run.name}.json", folder / run.name / "log.jsonl"
+    whole, lines = path.read_text(), log.read_text().splitlines()
+    evaluations = [line for line in lines if "val_" in line]
+    assert len(evaluations) == 3 < len(lines)
+    for damaged in ("\ufffd" + whole, "\n".join(whole.splitlines()[:2]), whole[:-3], ""):
+        path.write_text(damaged)
+        assert not lab.is_done(run, folder)
+    path.write_bytes(b"\xff" + whole.encode())
+    assert not lab.is_done(run, folder)
+    path.write_text(whole)
+    for kept in ([line for line in lines if line != evaluations[1]], lines[:-2], evaluations, lines[-1:], []):
+        log.write_text("\n".join(kept))
+        assert not lab.is_done(run, folder)
+    log.unlink()
+    assert not lab.is_done(run, folder)
+    log.write_text("\n".join(lines))
+    assert lab.is_done(run, folder)
+
+
+def test_ctrl_c_in_an_experiment_says_what_goes_on(toy, monkeypatch):
+    """Not what train_gpt.py says: the command has no --resume."""
+    def interrupted(run, path):
+        raise KeyboardInterrupt("go on with --resume")
+
+    monkeypatch.setattr(lab, "train_and_look", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        experiments.main(["parity", *toy])
+    assert str(stop.value) and "--resume" not in str(stop.value)
+
+
+def test_what_a_run_prints_is_kept_in_any_locale(toy, data_dir, tmp_path, monkeypatch):
+    """Also where open() alone would write ASCII."""
+    def ascii_open(path, mode="r", encoding=None, **options):
+        return open(path, mode, encoding=encoding or "ascii", **options)
+
+    def training(run, path):
+        print("MoVE-×1")
+        raise ValueError("wrong")
+
+    run, folder = one_run(data_dir, tmp_path, steps=1)
+    monkeypatch.setattr(lab, "open", ascii_open, raising=False)
+    monkeypatch.setattr(lab, "train_and_look", training)
+    assert lab.train_run(run, folder) == "ValueError: wrong"
+    assert (folder / f"{run.name}.txt").read_text(encoding="utf-8") == "MoVE-×1\n"

@@ -334,3 +334,11 @@ def test_a_model_without_memory_has_no_page_and_no_distances(tmp_path):
     with pytest.raises(UserError, match="no memory"):
         gates.sense_distances(model, encoding, SENSES)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_reads_one_token_has_no_page(tmp_path):
+    encoding = encoding_of(*TOKENS)
+    model = GPT(GPTConfig(encoding.n_vocab, 1, 1, 1, 8, n_slots=1))
+    with pytest.raises(UserError):
+        gates.write_page(model, encoding, "word", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
