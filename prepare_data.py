@@ -35,7 +35,6 @@ import signal
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +50,7 @@ import rustbpe
 import tiktoken
 from tqdm import tqdm
 
-from script import ArgumentParser, UserError, check_form, make_folder, run, write_file
+from script import ArgumentParser, UserError, check_form, interrupts_kept, make_folder, run, write_file
 
 try:
     import fcntl
@@ -348,30 +347,6 @@ def tiktoken_errors(what):
         raise UserError(f"tiktoken failed on {what} ({type(error).__name__}: {error})") from None
 
 
-@contextlib.contextmanager
-def interrupts_kept():
-    """A Ctrl-C or SIGTERM in the block ends it, also where Rust code drops the exception: its log calls
-    Python's, and ignores what is raised there."""
-    seen = []
-
-    def handler(number, frame):
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()  # handlers can be set there only
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
-               if in_main and signal.getsignal(number) is signal.default_int_handler]
-    for number in numbers:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
-    if seen:
-        raise KeyboardInterrupt
-
-
 def token_bytes(encoding):
     """Bytes of text that each token stands for, (vocab_size,) int64: none for the separator."""
     sizes = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab - 1)]
@@ -405,7 +380,7 @@ def train_tokenizer(documents, vocab_size, sample=32_000_000):
 
     print(f"learning a vocabulary of {vocab_size:,} tokens", flush=True)
     bpe = rustbpe.Tokenizer()
-    with interrupts_kept(), tiktoken_errors("the training documents"):
+    with interrupts_kept(at_once=True), tiktoken_errors("the training documents"):
         bpe.train_from_iterator(head(), vocab_size - 1, pattern=PATTERN)
     return make_encoding({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}, PATTERN)
 

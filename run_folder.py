@@ -33,13 +33,23 @@ from move_store import (
 )
 from optimizers import Muon
 from prepare_data import check_meta, decoder_files, identity
-from script import UserError, check_form, first_line, lock, make_folder, require_utf8, write_file
+from script import (
+    UserError,
+    check_form,
+    first_line,
+    interrupts_kept,
+    lock,
+    make_folder,
+    require_utf8,
+    write_file,
+)
 
 # ------------------------------------------------------------------------------ the folder and its lock
 
 
 ROWS = r"bank-\d+-\d+-of-\d+\.pt"  # see rows_name
-LEFT = rf"\.(checkpoint\.pt|{ROWS}|curves\.png)\.[0-9a-f]{{16}}"  # see write_file
+WHOLE = rf"checkpoint|{ROWS}|curves|log|tokenizer|codebook|decoder|samples_\w+"  # what write_file writes
+LEFT = rf"\.({WHOLE})(\.(pt|png|jsonl|tiktoken|npy|npz))?\.[0-9a-f]{{16}}"
 FIRST_RECORD = b'{"step": 0, "val_bits_per_'  # so starts each log of ours
 
 
@@ -141,11 +151,13 @@ def save_checkpoint(folder, model, optimizers, rows, **rest):
 def write_checkpoint(path, state):
     """Writes one of its files. UserError if it cannot be written."""
     try:
-        write_file(path, lambda file: torch.save(state, file))
+        with interrupts_kept(at_once=False):
+            write_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
-        kept = "the one before is kept" if (path.parent / "checkpoint.pt").exists() else "there is none yet"
-        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); {kept}; "
-                        "make room and --resume") from None
+        there = (path.parent / "checkpoint.pt").exists()
+        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); make room and " + (
+            "--resume from the one before, which is kept" if there else "start again, there is none yet")
+            ) from None
 
 
 def rows_name(step, process, n):
@@ -403,7 +415,7 @@ def draw_curves(folders, path):
     later = []  # validation after the first evaluation, which is far above the others
     for i, folder in enumerate(folders):
         color, name = f"C{i}", folder.name if len(folder.name) <= 30 else "…" + folder.name[-29:]
-        name = name.replace("$", r"\$")  # it is no formula
+        name = re.sub("^_", "\u200b_", name.replace("$", r"\$"))  # it is no formula, and not to be hidden
         loss.plot(*read_log(folder, "loss"), color=color, label=name)
         for unit in ("bits per byte", "bits per image token"):
             steps, values = read_log(folder, "val_" + unit.replace(" ", "_"))

@@ -6,6 +6,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 from pathlib import Path
 
 try:
@@ -51,6 +52,7 @@ def run(main, advice="close other programs"):
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM as Ctrl-C: temporary files are removed
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed; but progress bars write there
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without "×" shows "?"
@@ -69,6 +71,32 @@ def run(main, advice="close other programs"):
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def interrupts_kept(at_once):
+    """A Ctrl-C or SIGTERM in the block ends it: at once, and also where Rust code drops the exception, whose
+    log calls Python's and ignores what is raised there; or else at its end, for C++ code that an exception
+    in the middle of a file would abort."""
+    seen = []
+
+    def handler(number, frame):
+        seen.append(number)
+        if at_once:
+            raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()  # handlers can be set there only
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
+               if in_main and signal.getsignal(number) is signal.default_int_handler]
+    for number in numbers:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def first_line(error):

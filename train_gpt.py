@@ -98,7 +98,7 @@ def check_same_data(data, saved):
     for key, value in data.identity().items():
         if saved["data"].get(key) != value:
             raise UserError(f"{data.folder} is not the data set of this run: {key} was "
-                            f"{saved['data'].get(key)}, now it is {value}; give its --data_dir")
+                            f"{saved['data'].get(key)}, now it is {value}; this run needs its own")
 
 
 class TextWindows:
@@ -390,15 +390,18 @@ def can_sample(model):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that Ctrl-C and SIGTERM are put into, for the loop to end where its state can be saved.
-    A second Ctrl-C ends the program at once."""
-    stop = []
+    """Yields a list that Ctrl-C and SIGTERM are put into, unless the parent has this process ignore them, for
+    the loop to end where its state can be saved. A second Ctrl-C ends the program, but for a file that is
+    being written, at once."""
+    stop, numbers = [], [number for number in (signal.SIGINT, signal.SIGTERM)
+                         if signal.getsignal(number) != signal.SIG_IGN]
 
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in numbers:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield stop
     finally:
@@ -413,7 +416,8 @@ def train(args, machine, model, data, sets, unit, count_units, saved=None, after
     sets: (train, validation), each sized, and indexed by indices (n,) → (ids, targets), as TextWindows.
     unit, count_units: what `evaluate` counts the bits per.
     saved: the checkpoint of the run that goes on.
-    after_save: called with the step after each checkpoint, in the main process, to look at what is learned.
+    after_save: called with the step after each checkpoint but that of a run that is stopped, in the main
+    process, to look at what is learned.
     optimizers_of: called with (model, args.lr_scale) → [Muon, AdamW], or others like them.
     KeyboardInterrupt if Ctrl-C or SIGTERM stopped it; the state is saved then.
     """

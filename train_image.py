@@ -12,7 +12,8 @@ that the memory holds embeddings of classes and of codes with no new mechanism. 
 --resume, --sample and --save_npz take the newest run in out/, or that of --out_dir, with all its flags. The
 null class replaces a tenth of the classes in training, so that the model also learns images without a class;
 sampling moves away from those (classifier-free guidance, arXiv 2207.12598). A run also writes
-samples_<step>.png at every checkpoint. The data set digits has the same defaults on every device.
+samples_<step>.png at every checkpoint, but that of Ctrl-C. The data set digits has the same defaults on every
+device.
 """
 import os
 import signal

@@ -734,3 +734,11 @@ def test_ctrl_c_while_a_data_set_is_made(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr == "interrupted\n"
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_data_set_is_made_without_stderr(tmp_path):
+    (tmp_path / "a.txt").write_text(f"\n{SEPARATOR}\n".join(TEXTS))
+    command = [sys.executable, HERE / "prepare_data.py", "--text", tmp_path / "a.txt", "--vocab_size", "300",
+               "--data_dir", tmp_path]
+    assert subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command]).returncode == 0
+    assert (tmp_path / "text" / "meta.json").exists()

@@ -876,3 +876,66 @@ def test_a_full_disk(finished, tmp_path):
     assert records[-1]["step"] == 26
     result = limited(1, "train_gpt.py", ["--out_dir", tmp_path / "run", "--resume", "--max_steps", 40])
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "log.jsonl" in result.stderr
+
+
+def test_a_second_ctrl_c_lets_a_checkpoint_be_whole(tmp_path, monkeypatch):
+    """An exception in the middle of torch.save may abort the program."""
+    save = torch.save
+
+    def interrupted(state, file):
+        signal.raise_signal(signal.SIGINT)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_folder.write_checkpoint(tmp_path / "checkpoint.pt", dict(step=7))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.load(tmp_path / "checkpoint.pt") == dict(step=7)
+
+
+def test_a_signal_that_the_parent_ignores_stops_nothing():
+    """As in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train_gpt.stop_signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_without_a_checkpoint_nothing_is_said_of_resuming(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "no space", str(path))
+
+    monkeypatch.setattr(run_folder, "write_file", full)
+    for name, there in (("new", False), ("checkpoint.pt", True)):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError) as error:
+            run_folder.write_checkpoint(tmp_path / "checkpoint.pt", {})
+        assert ("--resume" in str(error.value)) == there
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    names = [".log.jsonl", ".checkpoint.pt", ".bank-3-0-of-2.pt", ".curves.png", ".tokenizer.tiktoken",
+             ".codebook.npy", ".decoder.pt", ".samples_20.png", ".samples_20_codes.npy", ".samples_20.npz"]
+    for name in (*names, ".mine.txt", ".samples.txt"):
+        (tmp_path / f"{name}.0123456789abcdef").touch()
+    with run_folder.only_run(tmp_path, resume=False):
+        pass
+    left = {path.name.rpartition(".")[0] for path in tmp_path.glob(".*")}
+    assert left == {".mine.txt", ".samples.txt"}
+
+
+def test_a_run_whose_name_matplotlib_would_hide_is_in_the_legend(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "_run").mkdir()
+        (tmp_path / "_run" / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+        run_folder.draw_curves([tmp_path / "_run"], tmp_path / "curves.png")
