@@ -125,18 +125,19 @@ class Steps:
         if betas[0] ** 2 >= betas[1]:
             raise ValueError(f"β1² must be less than β2, not as in {betas}")
         if self.t and (tuple(betas), eps) != (self.betas, self.eps):
-            raise ValueError(f"this bank has done {self.t} steps with {self.betas} and {self.eps}, not with "
-                             f"{tuple(betas)} and {eps}")
+            raise ValueError(f"this bank has done {self.t} steps with betas {self.betas} and eps {self.eps}; "
+                             f"go on with these, not with {tuple(betas)} and {eps}")
         self.betas, self.eps, self.chosen = tuple(betas), eps, True
 
-    def load(self, t, c, adam):
-        """Goes on after step t; adam: β1, β2, ε of the steps so far, or None where they are not known.
-        ValueError if an optimizer that is there has others."""
-        if adam is not None:
+    def load(self, c, adam):
+        """Goes on after as many steps as there are in c. adam: their β1, β2 and ε, or None where they are not
+        known. ValueError if an optimizer that is there has others."""
+        t = len(c) - 1
+        if t and adam is not None:
             *betas, eps = adam.tolist()
             if self.chosen and (tuple(betas), eps) != (self.betas, self.eps):
-                raise ValueError(f"these rows have done {t} steps with {tuple(betas)} and {eps}, the "
-                                 f"optimizer of this bank has {self.betas} and {self.eps}")
+                raise ValueError(f"these rows have done {t} steps with betas {tuple(betas)} and eps {eps}; "
+                                 f"give their optimizer the same, not {self.betas} and {self.eps}")
             self.betas, self.eps = tuple(betas), eps
         self.t, self.c = t, c.clone().to(self.c.device)
 
@@ -353,7 +354,8 @@ class StoredBank(nn.Module):
             raise RuntimeError("no rows are borrowed; call borrow(model, batches) before the forward pass")
         weight = self.working_set.weight
         memory = self.working_set(F.embedding(idx, self.place.unsqueeze(1)).squeeze(-1))
-        if torch.is_tensor(memory) and memory.requires_grad:  # the kernels look by themselves
+        # The kernels look by themselves, and in what is compiled without them there are no hooks.
+        if torch.is_tensor(memory) and memory.requires_grad and not torch.compiler.is_compiling():
             memory.register_hook(functools.partial(refuse_replaced, weight, weight._version))
         return memory
 
@@ -362,7 +364,8 @@ class StoredBank(nn.Module):
     def read(self, ids):
         """Borrows the rows of these ids (n,), sorted and unique, a NumPy array: the working set holds them,
         as they are after the last update, without a gradient. RuntimeError if one waits for its update, and
-        in a backward pass later whose forward pass had other rows."""
+        in a backward pass later whose forward pass had other rows (which is not noticed where the bank is in
+        a block that is compiled without the kernels)."""
         weight = self.working_set.weight
         if self.borrowed is not None and weight.grad is not None and weight.grad.any():
             raise RuntimeError("a gradient of the rows that are borrowed waits: call the optimizer's step or "
@@ -546,28 +549,28 @@ def pieces(files):
             yield first + stride * torch.arange(part.start, part.stop), rows[part], last[part]
 
 
-def load_stored(bank, files, step):
+def load_stored(bank, files):
     """Fills a StoredBank from all the files of a checkpoint (see pieces), or, if there are as many processes
     as files, from the one that this process wrote. ValueError if they are of a bank of another size, or if
     the optimizer of this bank has other betas or eps."""
     for state, first, stride in files:
         if (found := len(state["rows"])) != (fits := len(range(first, bank.vocab_size, stride))):
             raise ValueError(f"a file has {found} rows, where this bank of {bank.vocab_size} has {fits}")
+    bank.steps.load(files[0][0]["c"], files[0][0].get("adam"))
     bank.borrowed = None
     for ids, rows, last in pieces(files):
         mine = ids % bank.n == bank.rank
         bank.rows.put((ids[mine] // bank.n).to(bank.place.device), rows[mine], last[mine])
-    bank.steps.load(step, files[0][0]["c"], files[0][0].get("adam"))
 
 
-def load_plain(weight, files, step, eps=1e-10, moments=None, betas=None):
+def load_plain(weight, files, eps=1e-10, moments=None, betas=None):
     """Fills the weight (V, M, d) of a plain bank, and AdamW's moments (exp_avg, exp_avg_sq), which fade by
-    betas, if they are given, from the files of a checkpoint: all rows as they are after `step`."""
+    betas, if they are given, from the files of a checkpoint: all rows as they are after its last step."""
     c = files[0][0]["c"]
     for ids, rows, last in pieces(files):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         weight[ids.to(weight.device)] = current(rows, c[last], eps).to(weight)
         if moments:
-            steps = (step - last).view(-1, 1, 1).double()
+            steps = (len(c) - 1 - last).view(-1, 1, 1).double()
             for tensor, old, beta in zip(moments, rows.unbind(1)[1:], betas, strict=True):
                 tensor[ids] = (old * beta ** steps).to(tensor.dtype)

@@ -265,20 +265,19 @@ def restore(folder, model, optimizers=()):
     step, names = state["step"], banks_of(model)
     with damage_named(path):
         moments, trains = state["optimizers"], bool(optimizers)
-        group_of = {p: group for o in optimizers for group in o.param_groups for p in group.get("params", ())}
         if stored and not files:
             files = {name: rows_in_checkpoint(state, f"{name}.weight") for name in names}
         for name in names:
             if name in stored:
-                load_stored(stored[name], files[name], step)
+                load_stored(stored[name], files[name])
             elif files:
                 weight = model.get_submodule(name).weight
+                *betas, eps = files[name][0][0]["adam"].tolist()
                 if not trains:
-                    load_plain(weight.data, files[name], step)
+                    load_plain(weight.data, files[name], eps)
                     continue
                 m, v = (torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2))
-                betas, eps = (group_of[weight][key] for key in ("betas", "eps"))  # of today: none are saved
-                load_plain(weight.data, files[name], step, eps, (m, v), betas)
+                load_plain(weight.data, files[name], eps, (m, v), betas)
                 if step:
                     moments[f"{name}.weight"] = dict(step=torch.tensor(float(step)), exp_avg=m, exp_avg_sq=v)
         weights = {name: tensor for name, tensor in state["model"].items()
@@ -349,7 +348,7 @@ def check_rows(state, n, n_slots, dim, step):
             "its rows have done other steps")
     require(c.shape == (step + 1,) and c.dtype == torch.float64 and c.isfinite().all(), "its rates are wrong")
     require(adam.shape == (3,) and adam.dtype == torch.float64 and (0 <= adam).all() and (adam < 1).all(),
-            "its moments fade otherwise")
+            "its betas or eps are not from 0 to 1")
 
 
 def check_tensor(tensor, expected, name):

@@ -80,7 +80,7 @@ def rows_now(model):
     for name, content in move_store.content_to_save(model).items():
         bank = stored_banks(model)[name]
         found[name] = torch.zeros(bank.vocab_size, *content["rows"].shape[2:], dtype=content["rows"].dtype)
-        move_store.load_plain(found[name], [(content, 0, 1)], bank.steps.t, eps=bank.steps.eps)
+        move_store.load_plain(found[name], [(content, 0, 1)], eps=bank.steps.eps)
     return found
 
 
@@ -270,12 +270,12 @@ def test_a_bank_that_was_used_can_be_loaded(home):
     step([1, 2, 3])
     saved, expected = content(), rows_of(bank, [1, 2, 3])
     step([1, 2, 3])
-    move_store.load_stored(bank, [(saved, 0, 1)], 1)
+    move_store.load_stored(bank, [(saved, 0, 1)])
     with pytest.raises(RuntimeError):
         bank(torch.tensor([[1]]))  # nothing is borrowed
     assert torch.equal(rows_of(bank, [1, 2, 3]), expected)
     narrow, _, _ = one_bank(home, dtype=torch.bfloat16)
-    move_store.load_stored(narrow, [(saved, 0, 1)], 1)
+    move_store.load_stored(narrow, [(saved, 0, 1)])
     assert torch.allclose(rows_of(narrow, [1, 2, 3]).float(), expected, rtol=0.02)
 
 
@@ -969,7 +969,7 @@ def test_a_step_without_a_gradient_changes_nothing(home):
         plain.zero_grad()
     rows = torch.empty_like(plain.bank.weight)
     content = move_store.content_to_save(model)["bank"]
-    move_store.load_plain(rows, [(content, 0, 1)], model.bank.steps.t, eps=1e-20)
+    move_store.load_plain(rows, [(content, 0, 1)], eps=1e-20)
     assert model.bank.steps.t == 3
     torch.testing.assert_close(rows, plain.bank.weight.detach(), rtol=0, atol=1e-6)
 
@@ -984,7 +984,7 @@ def test_a_backward_pass_whose_rows_were_replaced_raises(home, fewer):
     borrow(model, [first])
     loss = model(first, first)
     borrow(model, [then])
-    with pytest.raises(RuntimeError, match="backward"):
+    with pytest.raises(RuntimeError):
         (loss + model(then, then)).backward()
 
 
@@ -999,16 +999,51 @@ def test_rows_go_on_with_the_betas_that_they_had(home):
             dict(params=[bank.working_set.weight], lr=0.1, betas=betas, eps=1e-10, weight_decay=0)])
 
     new = StoredBank(100, 1, 4, home=home)
-    move_store.load_stored(new, [(saved, 0, 1)], 1)
-    with pytest.raises(ValueError, match="0.8"):
+    move_store.load_stored(new, [(saved, 0, 1)])
+    with pytest.raises(ValueError):
         optimizer_of(new, (0.9, 0.99))
     optimizer_of(new, (0.8, 0.95))
-    other = StoredBank(100, 1, 4, home=home)
+    other, larger = StoredBank(100, 1, 4, home=home), StoredBank(120, 1, 4, home=home)
     optimizer_of(other, (0.9, 0.99))
-    with pytest.raises(ValueError, match="0.99"):
-        move_store.load_stored(other, [(saved, 0, 1)], 1)
-    with pytest.raises(ValueError, match="120"):
-        move_store.load_stored(StoredBank(120, 1, 4, home=home), [(saved, 0, 1)], 1)
+    for bank in (other, larger):
+        before = bank.rows.flush().clone()
+        with pytest.raises(ValueError):
+            move_store.load_stored(bank, [(saved, 0, 1)])
+        assert torch.equal(bank.rows.flush(), before)
+    start = StoredBank(100, 1, 4, home=home)  # whose betas say nothing yet
+    optimizer_of(start, (0.7, 0.9))
+    move_store.load_stored(other, [(move_store.content_to_save(torch.nn.ModuleDict(dict(bank=start)))["bank"],
+                                    0, 1)])
+    assert other.steps.betas == (0.9, 0.99) and torch.equal(other.rows.flush(), start.rows.flush())
+
+
+@every_home
+def test_rows_of_a_run_that_skipped_a_batch_can_be_loaded(home):
+    bank, step, content = one_bank(home)
+    step([1, 2, 3])
+    bank.read(np.array([4, 5]))
+    bank.working_set.weight.grad = None
+    bank.update(0.1)
+    step([3, 4])
+    new = StoredBank(100, 1, 4, home=home)
+    move_store.load_stored(new, [(content(), 0, 1)])
+    for ids in ([1, 2, 3, 4], [5, 6]):
+        assert torch.equal(rows_of(new, ids), rows_of(bank, ids))
+    assert new.steps.t == bank.steps.t == 2
+
+
+@pytest.mark.parametrize("memory", ["move", "lave"])
+def test_a_model_with_stored_banks_is_compiled(memory):
+    model, _ = build("host", memory=memory, gate_value=memory == "move")
+    idx, targets = batch(0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        borrow(model, [idx])
+        loss = compiled(idx, targets)
+        loss.backward()
+        assert torch.allclose(loss, model(idx, targets))
+        model.zero_grad()
+    torch._dynamo.reset()
 
 
 def test_gradients_that_are_zero_do_not_wait():
