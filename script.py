@@ -75,28 +75,31 @@ def run(main, advice="close other programs"):
 
 @contextlib.contextmanager
 def interrupts_kept(at_once):
-    """A Ctrl-C or SIGTERM in the block ends it: at once, and also where Rust code drops the exception, whose
-    log calls Python's and ignores what is raised there; or else at its end, for C++ code that an exception
-    in the middle of a file would abort."""
-    seen = []
+    """Ctrl-C and SIGTERM in a block of code that Python's exceptions do not pass well.
+
+    at_once: the block ends at once, and at its end the exception is raised again: Rust code may have dropped
+    it, whose log calls Python's and ignores what is raised there. Not at_once: the signals come after the
+    block, since an exception in the middle of torch.save can abort the program.
+    """
+    seen, old = [], {}
 
     def handler(number, frame):
         seen.append(number)
         if at_once:
             raise KeyboardInterrupt
 
-    in_main = threading.current_thread() is threading.main_thread()  # handlers can be set there only
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM)
-               if in_main and signal.getsignal(number) is signal.default_int_handler]
-    for number in numbers:
-        signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():  # handlers can be set there only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.getsignal(number)
+            if before is signal.default_int_handler or (callable(before) and not at_once):
+                old[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
-    if seen:
-        raise KeyboardInterrupt
+        for number, before in old.items():
+            signal.signal(number, before)
+    for number in seen:
+        signal.raise_signal(number)
 
 
 def first_line(error):

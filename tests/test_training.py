@@ -878,22 +878,26 @@ def test_a_full_disk(finished, tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "log.jsonl" in result.stderr
 
 
-def test_a_second_ctrl_c_lets_a_checkpoint_be_whole(tmp_path, monkeypatch):
-    """An exception in the middle of torch.save may abort the program."""
+@pytest.mark.parametrize("before", [0, 1])
+def test_two_ctrl_c_let_a_checkpoint_be_whole(before, tmp_path, monkeypatch):
+    """An exception in the middle of torch.save may abort the program. before: how many come before it."""
     save = torch.save
 
     def interrupted(state, file):
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(2 - before):
+            signal.raise_signal(signal.SIGINT)
         save(state, file)
 
     monkeypatch.setattr(torch, "save", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), train_gpt.stop_signals() as stop:
+            for _ in range(before):
+                signal.raise_signal(signal.SIGINT)
             run_folder.write_checkpoint(tmp_path / "checkpoint.pt", dict(step=7))
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert stop == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual)
     assert torch.load(tmp_path / "checkpoint.pt") == dict(step=7)
 
 
