@@ -530,7 +530,7 @@ def words(args):
     model, tokenizer = load_run(args.run)
     saved = read_checkpoint(args.run)
     flags = saved["flags"]
-    data = load_dataset(Path(flags["data_dir"]) / flags["dataset"])
+    data = load_dataset((args.data_dir or Path(flags["data_dir"])) / flags["dataset"])
     check_same_data(data, saved)
     source = tokenizer.decode(data.train.tolist())
     corpus = source + tokenizer.decode(data.val.tolist())
@@ -580,6 +580,7 @@ def add_commands(commands):
     add("run", type=Path, help="the folder of a run of text")
     add("--seeds", type=int, default=5, help="texts to write")
     add("--words", type=int, default=2000, help="of each text, at least")
+    add("--data_dir", type=Path, help="where its data set is, if not where it was")
     add = command(digits, lambda args: digits(args.samples))
     add("samples", type=Path, help="the .npz file of train_image.py --save_npz")
     add = command(overhead, overhead)

@@ -169,7 +169,8 @@ def page(args):
 
 
 def refuse_flags_of_runs(args, beside, *others):
-    """UserError for the flags of new runs, and others, beside the flag of a run that is there."""
+    """UserError if a flag that only new runs have is given, or one of the others. beside: the flag that says
+    that there are no new runs."""
     for flag in ("dataset", "depth", "seeds", "steps", "quick", *others):
         if getattr(args, flag):
             raise UserError(f"--{flag} is for new runs; leave it out with {beside}")
@@ -516,7 +517,8 @@ class RowAdamW(torch.optim.Optimizer):
 def varied_optimizers(model, lr_scale, bank=1.0, routers=1.0, embedding=1.0, head=1.0, betas=None,
                       weight_decay=0.0, routers_by="muon", rows=None):
     """make_optimizers with factors on the rates of banks, routers, embedding and head, and other choices:
-    betas and weight decay of the banks, routers by 'adamw', rows: RowAdam or RowAdamW for the banks."""
+    betas and weight_decay of the banks; rows: RowAdam or RowAdamW for them; routers_by: 'muon', or 'adamw' at
+    0.004 · (d / 768)^-½."""
     muon, adamw = make_optimizers(model, lr_scale)
     banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
     held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
@@ -612,9 +614,9 @@ FACTORS = dict(bank=(1 / 2, 2, 4), routers=(1 / 8, 1 / 4, 1 / 2, 2, 4))
 
 
 def rates(lab):
-    """Factors on the rate of the bank, and on that of the routers, for the M of `scaling`, of MoVE and LaVE:
-    does one rule suit all, and what are more slots worth where each M has its own best rate? (Which is chosen
-    afterwards: that flatters it a little.)"""
+    """Factors on the rate of the bank, or on that of the routers, for the M of `scaling`, of MoVE and LaVE:
+    does one rule suit all, and what are more slots worth where each M has the best of these changes? (Which
+    is chosen afterwards: that flatters it a little.)"""
     sizes = sizes_for(lab.depth)
     kinds = list(itertools.product(("lave", "move"), sizes))
     changes = {f"rate of the {part} × {factor:g}": {part: factor}
@@ -631,7 +633,7 @@ def rates(lab):
                                  done[(*kind, "as it is")])
                          if label in changes else f"{about}: no change helps.")
     for memory, n_slots in itertools.product(("lave", "move"), sizes[1:]):
-        sentences.append(compare(f"{memory}, each at its best rate: M = {n_slots}", best[memory, n_slots],
+        sentences.append(compare(f"{memory}, each with its best change: M = {n_slots}", best[memory, n_slots],
                                  f"M = {sizes[0]}", best[memory, sizes[0]]))
     table = lab.table(["memory", "M", *labels],
                       [[*kind, *(spread(done[(*kind, label)]) for label in labels)] for kind in kinds])
@@ -647,7 +649,7 @@ def rates(lab):
 
 def recipe(lab):
     """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
-    without memory, so that it is compared at its own best. For the rate of the bank see `rates`."""
+    without memory, so that it is compared at its own best. For the rates of bank and routers see `rates`."""
     few, many = lab.slots, 4 * lab.slots
     changes = {"routers by AdamW": dict(routers_by="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),

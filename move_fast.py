@@ -830,11 +830,12 @@ def accelerate(model, log=print):
     It swaps the classes of all modules of exactly the types in FAST, or of none: for a subclass, another
     router, a hook, also one for all modules, a method that was replaced, or a move.py whose equations were
     edited, it logs one line and leaves the reference, which honours them all. What is changed later raises
-    RuntimeError at the next forward pass.
+    RuntimeError at the next forward pass, but for hooks for all modules.
 
     An accelerated bank gives a private handle, which only ValueMixers can read: hooks that are put on a layer
-    or on all modules later do not see the memory. A gradient of a gradient is a RuntimeError. A table that a
-    single layer reads, as in LaVE, is left to the reference, which torch.compile makes as fast.
+    or on all modules later see neither the memory nor the layers that the kernels compute. A gradient of a
+    gradient is a RuntimeError. A table that a single layer reads, as in LaVE, is left to the reference, which
+    torch.compile makes as fast.
     """
     for module in model.modules():  # a model may be accelerated again
         if type(module) in REFERENCE:
@@ -844,7 +845,8 @@ def accelerate(model, log=print):
         return False
     modules = [m for m in model.modules() if type(m) in FAST]
     banks, mixers = ([m for m in modules if type(m) is kind] for kind in (move.ValueBank, move.ValueMixer))
-    swapped = [m for m in modules if len(banks) < len(mixers) or m not in {*banks, *mixers}]
+    parts_of_memory = {*banks, *mixers} if len(banks) >= len(mixers) else ()
+    swapped = [m for m in modules if m not in parts_of_memory]
     if not swapped:
         log("no kernels: there is no bank that several layers read, and no GPT")
         return False

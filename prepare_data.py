@@ -433,7 +433,7 @@ def split_documents(documents):
         else:
             train.append(document)
     if train and filled < val_size / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
+        longest = max(range(len(train)), key=lambda i: len(train[i].rstrip()))
         text = train[longest]
         missing = val_size - filled
         cut = len(text.rstrip()) - missing

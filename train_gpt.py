@@ -98,7 +98,7 @@ def check_same_data(data, saved):
     for key, value in data.identity().items():
         if saved["data"].get(key) != value:
             raise UserError(f"{data.folder} is not the data set of this run: {key} was "
-                            f"{saved['data'].get(key)}, now it is {value}; this run needs its own")
+                            f"{saved['data'].get(key)}, now it is {value}; give the --data_dir that has it")
 
 
 class TextWindows:

@@ -139,7 +139,7 @@ def test_documents_that_differ_in_their_last_line_end_are_one(tmp_path, capsys):
 
 @pytest.mark.parametrize("documents", [
     ["word and more words\n" * 100 + "\n" * 400], ["\n" * 200 + "word " * 200],
-    ["a b c\n" * 60, "\n" * 900 + "d"]])
+    ["a b c\n" * 60, "\n" * 900 + "d"], ["word " * 140, "some words" + "\n" * 3000]])
 def test_no_part_is_blank(documents):
     for part in prepare_data.split_documents(documents):
         assert any(document.strip() for document in part)

@@ -636,6 +636,16 @@ def test_words_of_another_data_set_and_of_none(data_dir, tmp_path, monkeypatch):
     fails(experiments, ["words", tmp_path / "run", "--words", 5], "no words")
 
 
+def test_words_of_a_run_whose_data_has_moved(data_dir, tmp_path, capsys):
+    shutil.copytree(data_dir / "small", tmp_path / "a" / "small")
+    train_gpt.main(command(tmp_path / "a", tmp_path / "run", "--max_steps", 1))
+    (tmp_path / "a").rename(tmp_path / "b")
+    words = ["words", tmp_path / "run", "--seeds", 1, "--words", 5]
+    fails(experiments, words, "small")
+    experiments.main([str(word) for word in (*words, "--data_dir", tmp_path / "b")])
+    assert "of them in the data set" in capsys.readouterr().out
+
+
 def test_words_and_curves_of_a_run(data_dir, tmp_path, capsys):
     out_dir = tmp_path / "run"
     train_gpt.main(command(data_dir, out_dir, "--max_steps", 2, "--eval_every", 1))
