@@ -23,11 +23,11 @@ def release(package):
 
 NEEDS_OLDER_NUMPY = False  # whether Triton's interpreter does
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    NEEDS_OLDER_NUMPY = release("triton") < (3, 7) and release("numpy") >= (2, 5)
+    NEEDS_OLDER_NUMPY = release("triton") < (3, 7) and release("numpy") >= (2, 4)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported: the kernels run as Python
     if NEEDS_OLDER_NUMPY:
-        pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.5'", returncode=2)
+        pytest.exit("Triton's interpreter needs an older NumPy: pip install 'numpy<2.4'", returncode=2)
 
 import prepare_data  # noqa: E402
 from script import run  # noqa: E402
