@@ -111,11 +111,12 @@ def make_optimizers(model, lr_scale=1.0):
     (d / 768)^-½. The banks have their own: see memory_parameter_groups. lr_scale: a factor on all rates.
     Each group keeps its highest rate as `peak_lr`: see set_learning_rates.
     """
-    routers = {m.router for m in model.modules() if isinstance(m, ValueMixer)}
     linear = [m for m in model.blocks.modules() if isinstance(m, Linear)]
-    matrices = [[m.weight for m in linear if (m in routers) == router] for router in (False, True)]
+    of_mixers = {m.router for m in model.modules() if isinstance(m, ValueMixer)}
+    routers = [m.weight for m in linear if m in of_mixers]
+    matrices = [m.weight for m in linear if m not in of_mixers]
     memory = memory_parameter_groups(model, lr_scale)
-    taken = {model.embedding.weight, model.head.weight, *matrices[0], *matrices[1]}
+    taken = {model.embedding.weight, model.head.weight, *matrices, *routers}
     for group in memory:  # a router of another kind stays with AdamW
         group["params"] = [p for p in group["params"] if p not in taken]
         taken.update(group["params"])
@@ -128,7 +129,7 @@ def make_optimizers(model, lr_scale=1.0):
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
               dict(params=[model.head.weight, *rest], lr=0.004 * k)]
     optimizers = [
-        Muon([dict(params=group) for group in matrices if group], lr=0.02 * lr_scale),
+        Muon([dict(params=group) for group in (matrices, routers) if group], lr=0.02 * lr_scale),
         AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10)]
     if stored:
         optimizers.append(StoredAdamW(model, stored))

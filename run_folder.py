@@ -155,9 +155,9 @@ def write_checkpoint(path, state):
             write_file(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
         there = (path.parent / "checkpoint.pt").exists()
-        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); make room and " + (
-            "--resume from the one before, which is kept" if there else "start again, there is none yet")
-            ) from None
+        then = "--resume from the one before, which is kept" if there else "start again, there is none yet"
+        raise UserError(f"cannot write checkpoint {path} ({first_line(error)}); make room and {then}"
+                        ) from None
 
 
 def rows_name(step, process, n):
