@@ -106,9 +106,11 @@ def make_optimizers(model, lr_scale=1.0):
     """[Muon, AdamW] for a GPT, and StoredAdamW if its banks are stored elsewhere (move_store.py); each of its
     parameters is in one group of one of them.
 
-    Muon takes the matrices of the blocks, routers as a group of their own; AdamW takes the embedding, the
-    head, the banks and whatever else there is. The rates are nanochat's. Those of AdamW are times
-    (d / 768)^-½. The banks have their own: see memory_parameter_groups. lr_scale: a factor on all rates.
+    Muon takes the matrices of the blocks; AdamW takes the embedding, the head, the banks and whatever else
+    there is. The rates are nanochat's. Those of AdamW are times (d / 768)^-½. The banks have their own: see
+    memory_parameter_groups. So have routers: 0.05 · (rows / columns)^½ of their matrix, since the more gates
+    a head has, the faster its router learns best (docs/experiments.md; Muon's factor for the shape adds the
+    rest where rows > columns). lr_scale: a factor on all rates.
     Each group keeps its highest rate as `peak_lr`: see set_learning_rates.
     """
     linear = [m for m in model.blocks.modules() if isinstance(m, Linear)]
@@ -128,8 +130,12 @@ def make_optimizers(model, lr_scale=1.0):
     k = lr_scale * (model.config.dim / 768) ** -0.5
     groups = [dict(params=[model.embedding.weight], lr=0.2 * k),
               dict(params=[model.head.weight, *rest], lr=0.004 * k)]
+    muon = [dict(params=matrices)]
+    for rows, columns in sorted({router.shape for router in routers}):
+        muon.append(dict(params=[router for router in routers if router.shape == (rows, columns)],
+                         lr=0.05 * lr_scale * math.sqrt(min(1, rows / columns))))
     optimizers = [
-        Muon([dict(params=group) for group in (matrices, routers) if group], lr=0.02 * lr_scale),
+        Muon(muon, lr=0.02 * lr_scale),
         AdamW([*groups, *memory], betas=(0.8, 0.95), eps=1e-10)]
     if stored:
         optimizers.append(StoredAdamW(model, stored))

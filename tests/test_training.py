@@ -485,6 +485,20 @@ def test_every_parameter_is_optimized_once(attention, memory):
     assert [group["lr"] * 2 for group in groups] == pytest.approx([group["lr"] for group in twice])
 
 
+@pytest.mark.parametrize("n_slots", [1, 4, 16, 150])  # 150: the router has more rows than columns
+def test_a_routers_step_grows_with_the_root_of_its_gates(n_slots):
+    """A singular value of the router moves by about 0.05 · √(rows / columns); one of w_q by about 0.02."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 24, 1, 2, 128, n_slots=n_slots))
+    attention = model.blocks[0].attention
+    for matrix, factor in ((attention.mixer.router.weight, 0.05 * (2 * (1 + n_slots) / 128) ** 0.5),
+                           (attention.w_q.weight, 0.02)):
+        before, matrix.grad = matrix.detach().clone(), torch.randn_like(matrix)
+        make_optimizers(model)[0].step()
+        moved = torch.linalg.svdvals(matrix.detach() - before)
+        assert moved.mean().item() == pytest.approx(factor, rel=0.25)
+
+
 def test_parts_that_move_py_has_not_are_optimized_too():
     model = GPT(GPTConfig(50, 24, 2, 2, 16, n_slots=2))
     model.blocks[0].norm, model.blocks[0].mlp_up = torch.nn.LayerNorm(16), torch.nn.Linear(16, 64)
