@@ -201,11 +201,15 @@ def gates(lab):
                      f"{difference.mean():.4f} ± {error[:, i, j].mean():.4f}"])
         if n == first["lengths"][-1] and (difference > 2 * error[:, i, j]).all():
             clear.append(str(layer))
+    percent = 100 * (np.mean([f["ratio"] for f in found], axis=0) - 1)
+    by_word = [first["words"][w] + (" the same" if np.isnan(percent[w]) else f" {percent[w]:+.0f} %")
+               for w in np.argsort(-percent)]
     table = lab.table(["tokens of context", "layer", "distance between senses", "within a sense",
                        "difference ± error over words"], rows)
     lab.write(table, [f"With {n} tokens of context gates differ more between senses of a word than within "
                       "one, by over two standard errors in each model, in these layers: "
-                      f"{', '.join(clear) or 'none'}."])
+                      f"{', '.join(clear) or 'none'}.",
+                      f"Between senses over within one, minus 1, all layers together: {', '.join(by_word)}."])
     draw_senses(first, lab.report.with_suffix(".png"))
 
 

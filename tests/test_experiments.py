@@ -115,6 +115,14 @@ def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
         ("the", sense, f"{'one two three four ' * 3}{end} the") for sense in "ab" for end in ("x", "y")])
     experiments.main(["gates", "--run", str(run.parent), "--out_dir", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("gates-*.png"))) == 2
+    zero = np.zeros((1, 1))
+    monkeypatch.setattr(experiments, "sense_distances", lambda *_: dict(
+        words=["self", "the", "of"], dropped=[], lengths=np.array([1]), layers=np.array([1]), between=zero,
+        within=zero, error=zero, ratio=np.array([0.9, np.nan, 2.25])))
+    experiments.main(["gates", *toy])
+    report = json.loads((tmp_path / "out" / "gates-small-quick.json").read_text())
+    last = report["sentences"][-1]
+    assert last.index("of +125 %") < last.index("self -10 %") < last.index("the ") and "nan" not in last
 
 
 def test_a_series_that_was_cut_goes_on(toy, tmp_path, monkeypatch, capsys):
