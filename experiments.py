@@ -10,7 +10,7 @@
     gradient_highway  the gradient that reaches a row, layer by layer; a bank that one layer trains
     ablation          one bank or a table a layer, with or without the gate on the ordinary value
     gate_init         gates that start open to the memory, to the context, or neutral
-    mla               the memory in the latent: bits per byte, bytes of the cache, speed of decoding
+    mla               the memory in the latent: bits per byte, bytes of the cache
     keys              rows found by a hash of the last two ids instead of the last one
     late              a memory for a model that is trained already
     rates             do the rates of the bank and of the routers suit each number of slots?
@@ -33,7 +33,6 @@ import itertools
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
@@ -369,20 +368,9 @@ def gradient_highway(lab):
 # --- mla, keys
 
 
-def decoding_speed(config, device, tokens=64):
-    """Tokens a second of generation, a text at a time, with random weights."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = GPT(config, dtype).to(device).eval()
-    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
-    for _ in range(2):  # the first time is slower
-        start = time.perf_counter()
-        ids = list(model.generate(prompt, min(tokens, config.seq_len)))
-        ids[-1].item()  # waits for the GPU
-    return len(ids) / (time.perf_counter() - start)
-
-
 def mla(lab):
-    """The memory in the latent of MLA, at growing scale: bits per byte, bytes of the cache, decoding."""
+    """The memory in the latent of MLA, at growing scale: bits per byte, bytes of the cache. (For the time of
+    a step of generation see decode.)"""
     sizes = [scale * lab.slots for scale in ((1, 2) if lab.args.quick else (1, 2, 4, 8))]
     flags = dict(flags=dict(attention="mla"))
     methods = {("none", 0): lab.runs("none", **flags)}
@@ -390,13 +378,11 @@ def mla(lab):
         methods[memory, n_slots] = lab.runs(memory, n_slots, **flags)
     done, rows = lab.train(methods), []
     for (memory, n_slots), rs in done.items():
-        config = lab.config(memory, n_slots, attention="mla")
         with torch.device("meta"):
-            cache = GPT(config, torch.bfloat16).new_cache(1, 2)
+            cache = GPT(lab.config(memory, n_slots, attention="mla"), torch.bfloat16).new_cache(1, 2)
         rows.append([memory, n_slots, f"{lab.memory_parameters(memory, n_slots, None, 'mla') / 1e6:.1f}M",
-                     spread(rs), cache.bytes_per_token, f"{decoding_speed(config, lab.device):.0f}"])
-    table = lab.table(["memory", "M", "memory parameters", "bits per byte", "cache, bytes a token",
-                       "decoding, tokens/s"], rows)
+                     spread(rs), cache.bytes_per_token])
+    table = lab.table(["memory", "M", "memory parameters", "bits per byte", "cache, bytes a token"], rows)
     lines = {memory: (sizes, *([f(done[memory, n]) for n in sizes] for f in (mean, noise)))
              for memory in ("lave", "move")}
     lab.write(table, [compare(f"{memory} with M = {n}", done[memory, n], "none", done["none", 0])
