@@ -119,7 +119,7 @@ class Log:
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = 7
+FORMAT = 8  # also raised where a rate changes: a run must not go on at another one
 FORM = dict(format=range(FORMAT, FORMAT + 1), step=range(10**9 + 1), losses=list, flags=dict, config=dict,
             data=dict, meta=dict, model=dict, optimizers=dict, rows=list)
 MUON, ADAMW = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}  # the states of a parameter

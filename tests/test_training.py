@@ -30,7 +30,7 @@ import prepare_data
 import run_folder
 import script
 import train_gpt
-from move import GPT, GPTConfig
+from move import GPT, GPTConfig, ValueMixer
 from optimizers import Muon, make_optimizers, orthogonalize, schedule
 from script import UserError
 
@@ -497,6 +497,22 @@ def test_a_routers_step_grows_with_the_root_of_its_gates(n_slots):
         make_optimizers(model)[0].step()
         moved = torch.linalg.svdvals(matrix.detach() - before)
         assert moved.mean().item() == pytest.approx(factor, rel=0.25)
+
+
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+@pytest.mark.parametrize("memory, n_slots", [("move", 4), ("move", 40), ("lave", 1), ("lave", 6)])
+def test_each_router_has_the_rate_of_its_shape(attention, memory, n_slots):
+    """LaVE with 6 tables in 4 layers has routers of two shapes."""
+    model = GPT(GPTConfig(50, 24, 4, 2, 32, attention, memory=memory, n_slots=n_slots))
+    optimizers = make_optimizers(model, 0.5)
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) and set(held) == set(model.parameters())
+    routers = {m.router.weight for m in model.modules() if isinstance(m, ValueMixer)}
+    for group in optimizers[0].param_groups:
+        for p in group["params"]:
+            rows, columns = p.shape
+            expected = 0.05 * 0.5 * min(1, rows / columns) ** 0.5 if p in routers else 0.02 * 0.5
+            assert group["peak_lr"] == pytest.approx(expected)
 
 
 def test_parts_that_move_py_has_not_are_optimized_too():
