@@ -628,8 +628,8 @@ def memory_parameter_groups(model, lr_scale=1.0):
     Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not in them.
     The memory is worth little at a host's usual rates: a bank needs a high rate and no weight decay. The
     steps of M slots add up in V_S, so their rate falls with M: 0.15 · M^-½. All rates are times (d / 768)^-½.
-    Where matrices are trained by Muon, give it the routers too, at the rate that make_optimizers has for
-    them: under AdamW the gates of a head move alike, and more slots help less.
+    Where matrices are trained by Muon, give it the routers too, at 0.05 · min(1, rows / columns)^½: under
+    AdamW the gates of a head move alike, and more slots help less.
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
     banks = dict.fromkeys(m.weight for m in model.modules() if isinstance(m, ValueBank))  # (V, M, d) each
