@@ -336,10 +336,11 @@ def one_layer_trains(model, layer):
 def gradient_highway(lab):
     """The gradient that reaches a row of the memory, layer by layer, shared and layer-local; and a shared
     bank that only the middle layer trains. (A smaller gradient is no test: AdamW's step does not change.)"""
+    memories = {"LaVE-×1": "lave", "MoVE-×1": "move"}
     done = lab.train({
         "none": lab.runs("none"),
-        "LaVE-×1": lab.runs("lave", lab.slots, "looked", look=look_at_gradients),
-        "MoVE-×1": lab.runs("move", lab.slots, "looked", look=look_at_gradients),
+        **{label: lab.runs(memory, lab.slots, "looked", look=look_at_gradients)
+           for label, memory in memories.items()},
         "MoVE-×1, one layer trains the bank": lab.runs(
             "move", lab.slots, "onelayer", flags=dict(kernels=False),
             change=functools.partial(one_layer_trains, layer=lab.depth // 2))})
@@ -352,7 +353,8 @@ def gradient_highway(lab):
                      " ".join(f"{norm:.1e}" for norm in norms),
                      *(average(looks, key, ".2f") for key in ("cosine", "together"))])
         if looks:
-            lines[label] = range(1, len(norms) + 1), norms
+            slots = lab.config(memories[label], lab.slots).layer_slots()
+            lines[label] = [layer for layer, n_slots in enumerate(slots, 1) if n_slots], norms
         if label != "none":
             used[label] = rs[0]["curve"]["steps"], np.mean([r["rows_used"] for r in rs], axis=0)
     table = lab.table(["memory", "bits per byte", "at a quarter of the run", "gradient of a row, by layer",
@@ -360,7 +362,7 @@ def gradient_highway(lab):
     one = done["MoVE-×1, one layer trains the bank"]
     lab.write(table, [compare("MoVE-×1", done["MoVE-×1"], "one layer that trains the bank", one),
                       compare("MoVE-×1", done["MoVE-×1"], "LaVE-×1", done["LaVE-×1"])],
-              [dict(lines=lines, xlabel="layer with a memory", ylabel="mean gradient norm of a row"),
+              [dict(lines=lines, xlabel="layer", ylabel="mean gradient norm of a row"),
                dict(lines=used, xlabel="steps", ylabel="share of ids that have had a gradient"),
                dict(lines=gains(done), xlabel="steps", ylabel=GAIN)])
 
@@ -607,7 +609,7 @@ def rates(lab):
     """Factors on the rate of the bank, or on that of the routers, for the M of `scaling`, of MoVE and LaVE:
     does one rule suit all, and what are more slots worth where each M has the best of these changes? (Which
     is chosen afterwards: that flatters it a little.)"""
-    sizes = sizes_for(lab.depth)
+    sizes = sizes_for(lab.depth)[:2 if lab.args.quick else None]
     kinds = list(itertools.product(("lave", "move"), sizes))
     changes = {f"rate of the {part} × {factor:g}": {part: factor}
                for part in FACTORS for factor in FACTORS[part]}

@@ -95,6 +95,122 @@ def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monk
     assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["table"] == report["table"]
 
 
+@pytest.fixture
+def reported(toy, monkeypatch):
+    """(experiment, result of a run, flags) → table, sentences and panels of its report, without training."""
+    def report(experiment, result_of, *flags):
+        content = []
+        with monkeypatch.context() as patch:
+            patch.setattr(lab.Lab, "train", lambda self, methods: setattr(self, "machines", ["one"]) or {
+                label: [about(**result_of(run)) for run in runs] for label, runs in methods.items()})
+            patch.setattr(lab.Lab, "write", lambda self, table, sentences, panels=(): content.extend(
+                (table, sentences, panels)))
+            experiments.main([experiment.__name__, *toy, *map(str, flags)])
+        return content
+
+    def about(bits=1.0, **others):
+        curve = dict(steps=[0, 1, 2, 3, 4, 5, 6, 7, 8], bits=[9, 8, 7, 6, 5, 4, 3, 2, 1], seconds=range(9))
+        return dict(bits=bits, curve=curve, tokens_per_s=1.0, look=None, rows_used=[0.5] * 9) | others
+
+    return report
+
+
+def test_a_report_of_switches_and_of_keys_has_each_result_in_its_place(reported):
+    def result_of(run):
+        flags = vars(train_gpt.make_parser().parse_args([*run.arguments()]))
+        gate = flags.get("gate_value")
+        gate = flags["memory"] == "move" if gate is None else gate
+        return dict(bits=1 + 2 * (flags["memory"] == "move") + gate)
+
+    table, _, (panel,) = reported(experiments.ablation, result_of)
+    assert {(row["memory"], row["g_0"]): float(row["bits per byte"].split()[0]) for row in table} == {
+        ("tables of layers", "1"): 1, ("tables of layers", "gated"): 2,
+        ("one bank", "1"): 3, ("one bank", "gated"): 4}
+    assert {name: line[:2] for name, line in panel["lines"].items()} == {
+        "tables of layers": ([0, 1], [1, 2]), "one bank": ([0, 1], [3, 4])}
+
+    def keys_of(run):
+        """How many ids find a row, which a changed bank says."""
+        model = small_model(n_slots=round(run.flags["move_scale"]) or 1)
+        if run.change:
+            run.change(model)
+        rows = model.bank(torch.tensor([[3, 7, 5, 7]]))[0]
+        return dict(bits=1 if torch.equal(rows[1], rows[3]) else 2)
+
+    table, *_ = reported(experiments.keys, keys_of)
+    assert {row["rows found by"]: float(row["bits per byte"].split()[0]) for row in table} == {
+        "none": 1, "last id, M = 1": 1, "last id, M = 4": 1,
+        "last two ids, M = 1": 2, "last two ids, M = 4": 2}
+
+
+def test_a_report_of_starts_has_each_in_its_place(reported):
+    """The gates of a new model say which start it has."""
+    def result_of(run):
+        model = small_model(dim=16)
+        run.change(model)
+        mixer = model.blocks[0].attention.mixer
+        g = mixer.gates(torch.zeros(1, 1, 16))[0, 0, 0]
+        return dict(g_0=[[g[0].item()] * 2] * 9, g_i=[[g[1].item()] * 2] * 9)
+
+    table, _, panels = reported(experiments.gate_init, result_of)
+    found = {row["start"]: (float(row["g_0 in the end"]), float(row["g_i in the end"])) for row in table}
+    assert found == dict(neutral=(1, 1), memory=(0.24, 1.76), context=(1.76, 0.24))
+    for panel, gate in zip(panels, (0, 1), strict=True):
+        assert {name: round(float(y[-1]), 2) for name, (_, y) in panel["lines"].items()} == {
+            name: pair[gate] for name, pair in found.items()}
+
+
+def test_a_report_of_gradients_has_each_layer_in_its_place(reported):
+    """At depth 4 the tables of LaVE-×1 are those of the second layer and the last."""
+    def result_of(run):
+        layers = [i + 1 for i, block in enumerate(small_model(run.flags["memory"], n_layers=4).blocks)
+                  if block.attention.mixer]
+        return dict(look=dict(norms=[10.0 * layer for layer in layers]) if run.look else None)
+
+    table, _, panels = reported(experiments.gradient_highway, result_of, "--depth", 4)
+    lines = {label: (list(x), list(y)) for label, (x, y) in panels[0]["lines"].items()}
+    assert lines == {"LaVE-×1": ([2, 4], [20, 40]), "MoVE-×1": ([1, 2, 3, 4], [10, 20, 30, 40])}
+    assert {float(row["at a quarter of the run"]) for row in table} == {7}
+
+
+@pytest.mark.parametrize("bits, few", [
+    ([1.0] * 5, None), ([1.0, 0.9, 0.9, 0.9, 0.9], 2), ([1.0, 0.9, 0.8, 0.7, 0.6], 16),
+    ([1.0, 1.1, 0.5, 0.4, 0.3], None)])
+def test_where_more_slots_stop_to_help(bits, few, reported):
+    """The largest M up to which each step helps; and the axis of the tokens that a row has seen."""
+    def result_of(run):
+        n_slots = round(run.flags["move_scale"] * 2)
+        return dict(bits=bits[[1, 2, 4, 8, 16].index(n_slots)] if n_slots else 2.0)
+
+    table, sentences, panels = reported(experiments.scaling, result_of, "--depth", 4, "--seeds", 3)
+    said = [re.findall(r"M = (\d+)", sentence) for sentence in sentences]
+    assert said == [["16", "1"], [str(few)] if few else []] * 2
+    for x, y in panels[1]["lines"].values():
+        assert list(x) == [step * TOY["batch_tokens"] / 512 for step in range(1, 9)] and not np.any(y)
+
+
+def test_a_report_of_the_latent_has_its_cache(reported):
+    """c_S and the rotary key, of 64 numbers each, in two layers, in bfloat16."""
+    table, *_ = reported(experiments.mla, lambda run: {})
+    assert [row["cache, bytes a token"] for row in table] == [(64 + 64) * 2 * 2] * 5
+
+
+def test_the_result_of_a_run_is_that_of_its_log(toy, data_dir, tmp_path):
+    """The last evaluation, not the best; seconds from the median speed."""
+    run, folder = one_run(data_dir, tmp_path, steps=8)
+    (folder / run.name).mkdir()
+    bits, speeds = (3.0, 1.0, 2.0), (1000.0, 10.0, 20.0)
+    lines = [dict(step=step, val_bits_per_byte=b, tokens_per_s=s)
+             for step, b, s in zip((0, 4, 8), bits, speeds, strict=True)]
+    (folder / run.name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{run.name}.json").write_text("settings\nmachine\nnull\n")
+    found = lab.result(run, folder)
+    assert found["bits"] == 2 and found["tokens_per_s"] == 20
+    assert found["curve"]["seconds"] == [0, 4 * 64 / 20, 8 * 64 / 20]
+    for against, x in (("steps", [4, 8]), ("seconds", [4 * 64 / 20, 8 * 64 / 20])):
+        assert [list(line) for line in lab.mean_curve([found, found], against)] == [x, [1, 2]]
+
+
 def test_gates_of_senses_and_of_a_text(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(experiments, "read_senses", lambda path: [
         ("self", sense, f"one two three four five six seven {i} self") for sense in "ab" for i in range(2)])
@@ -267,6 +383,7 @@ def test_gradients_that_help_and_hinder(data_dir):
         patch.setattr(experiments, "gradients_by_layer", lambda *_: same)
         found = experiments.look_at_gradients(model, data)
         assert found["cosine"] == pytest.approx(1) and found["together"] == pytest.approx(2)
+        assert found["norms"] == pytest.approx([8 ** 0.5] * 2)
         patch.setattr(experiments, "gradients_by_layer", lambda *_: [same[0], -same[0]])
         found = experiments.look_at_gradients(model, data)
         assert found["cosine"] == pytest.approx(-1) and found["together"] == 0
@@ -277,6 +394,20 @@ def test_what_gates_carry(data_dir):
     model, data = awake(small_model(n_slots=3)), load_dataset(data_dir / "small")
     found = experiments.frozen_gates(model, data)
     assert abs(found["mean"]) > 1e-4 and abs(found["mean_of_id"]) > 1e-4 and abs(found["slot_cosine"]) < 0.3
+    windows = train_gpt.TextWindows(data.val, 16, data.folder)
+    idx, targets = windows[np.arange(min(32, len(windows)))]
+    size = experiments.token_bytes(data.tokenizer())
+    one = awake(small_model(n_slots=3, n_layers=1))
+    with torch.no_grad():  # all at once, and the gates of a router whose output is the logit of their mean
+        plain, mixer, gates = one(idx, targets), one.blocks[0].attention.mixer, []
+        usual = mixer.gates
+        mixer.gates = lambda x: gates.append(usual(x)) or gates[-1]
+        one(idx, targets)
+        mixer.gates = lambda x: gates[0].mean((0, 1)).expand(gates[0].shape)
+        more = (one(idx, targets) - plain).item() * targets.numel()
+    del mixer.gates
+    assert experiments.frozen_gates(one, data)["mean"] == pytest.approx(
+        more / np.log(2) / sum(int(size[t]) for t in targets.flatten()), rel=1e-3, abs=1e-6)
     for mixer in (m for m in model.modules() if isinstance(m, ValueMixer)):
         torch.nn.init.zeros_(mixer.router.weight)
     model.bank.weight.data[:] = model.bank.weight.data[:, :1]
@@ -368,6 +499,7 @@ def test_varied_optimizers(memory):
     routers = {m.router.weight for m in model.modules() if isinstance(m, ValueMixer)}
     kinds = dict(bank=banks, routers=routers, embedding={model.embedding.weight}, head={model.head.weight})
     for options in (dict(bank=4, routers=3, embedding=0.5, head=2), dict(routers_by="adamw"),
+                    dict(betas=(0.1, 0.2), weight_decay=0.3),
                     dict(rows=experiments.RowAdam), dict(rows=experiments.RowAdamW)):
         taken = experiments.varied_optimizers(model, 1.0, **options)
         groups = [g for optimizer in taken for g in optimizer.param_groups]
@@ -377,6 +509,9 @@ def test_varied_optimizers(memory):
         by_muon = {p for g in taken[0].param_groups for p in g["params"]}
         assert routers & by_muon == (set() if "routers_by" in options else routers)
         rates = {p: g["lr"] for g in groups for p in g["params"]}
+        changed = {p for g in groups if (g.get("betas"), g.get("weight_decay")) == ((0.1, 0.2), 0.3)
+                   for p in g["params"]}
+        assert changed == (banks if "betas" in options else set())
         for group in usual:
             for p in group["params"]:
                 factor = next((options.get(kind, 1) for kind, params in kinds.items() if p in params), 1)
