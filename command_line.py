@@ -77,7 +77,8 @@ def training_parser(description, defaults, sizes=None):
     machine = parser.add_argument_group("machine")
     add(machine, "device", "(default: the best there is)", choices=["cuda", "mps", "cpu"])
     dtypes = ["bfloat16", "float32"]
-    add(machine, "dtype", "of activations (default: bfloat16 where it is fast, else float32)", choices=dtypes)
+    add(machine, "dtype", "of activations (default: bfloat16 where it is fast, for images on a GPU only; "
+        "else float32)", choices=dtypes)
     add(machine, "bank_dtype", "of the bank, its gradient and its optimizer's state", choices=dtypes)
     add(machine, "bank_home", "where the rows of the bank and their moments are: in memory of the GPU, or "
         "of the host; of several processes each has its share", choices=["gpu", "host"])

@@ -33,6 +33,7 @@ import itertools
 import os
 import re
 import signal
+import textwrap
 from pathlib import Path
 
 if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
@@ -164,7 +165,8 @@ def page(args):
     folder, path, text = args.run or newest_run("text"), args.out_dir / "gates.html", text_of(args.text)
     make_folder(args.out_dir, "--out_dir")
     write_page(*load_run(folder), text, path)
-    print(f"wrote {path}, the gates of the run in {folder}; open it in a browser")
+    source = args.text if os.path.isfile(args.text) else f"the text {textwrap.shorten(text, 60)!r}"
+    print(f"wrote {path}, the gates of the run in {folder} on {source}; open it in a browser")
 
 
 def refuse_flags_of_runs(args, beside, *others):

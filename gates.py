@@ -308,8 +308,8 @@ def text_of(text_or_path):
     """The text itself, or that of the file if there is one of this name. UserError if it is empty, not UTF-8,
     or looks like the name of a file that is not there."""
     text = read_text(text_or_path) if os.path.isfile(text_or_path) else str(text_or_path)
-    if text == str(text_or_path) and (isinstance(text_or_path, Path)
-                                      or re.fullmatch(r".*\.(txt|md|py|html|json)\s*|.*[/\\]", text)):
+    name = r".*\.(txt|md|py|html|json)\s*|.*[/\\]|(/|\./|\.\./|~/)\S+"
+    if text == str(text_or_path) and (isinstance(text_or_path, Path) or re.fullmatch(name, text)):
         raise UserError(f"there is no file {text}; give the name of a file, or a text")
     if not text.strip():
         raise UserError(f"expected a text, and there is none in {str(text_or_path)!r}")

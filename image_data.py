@@ -15,6 +15,7 @@ Nothing of the other files is imported. What is wrong with the user's files is a
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -367,8 +368,10 @@ def read_images(source, size):
                 unreadable[path] = "it has too many pixels"
             except Exception as error:  # readers of images raise all kinds; one file never ends a preparation
                 unreadable[path] = f"{type(error).__name__}: {error}"
-    for path, reason in unreadable.items():
+    for path, reason in itertools.islice(unreadable.items(), 20):
         print(f"skipped {path}: {' '.join(reason.split())[:200]}")
+    if len(unreadable) > 20:
+        print(f"skipped {len(unreadable) - 20:,} more files")
     if empty := [name for label, name in enumerate(classes) if label not in set(labels)]:
         raise ValueError(f"{source / empty[0]} has no readable image; every folder is a class and needs some")
     if not images:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -116,7 +117,8 @@ class Lab:
         todo.sort(key=lambda run: run.flags["seed"])  # with the next seed all is compiled already
         gpus = torch.cuda.device_count() if self.device == "cuda" else 1
         print(f"{self.name}: {len(different)} runs, {len(todo)} to do"
-              + (f", about {max(1, round(self.estimate(todo) / 60 / gpus))} minutes" if todo else ""),
+              + (f", about {math.ceil(self.estimate(todo) / 60 / gpus)} min" if todo else "")
+              + (" (--quick is for CPUs)" if self.device != "cuda" and not self.args.quick else ""),
               flush=True)
         failed = []
         for run, error in self.finished(todo, folder, gpus):
@@ -328,8 +330,8 @@ def compare(label, results, other, others):
     """A sentence: which of two methods has fewer bits, by how much, and whether seeds alone do that."""
     difference, error = differences(results, others)
     between = "" if error == float("inf") else f" ± {error:.4f}"
-    if difference == 0:
-        return f"{label} and {other} have the same bits per byte."
+    if not round(difference, 4):
+        return f"{label} and {other} have the same bits per byte, within 0.0001{between}."
     kind = "worse" if difference > 0 else "better"
     text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} than {other}"
     if not between:

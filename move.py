@@ -338,10 +338,10 @@ class GPTConfig:
     """What a GPT is made of. ValueError, in one line, for what cannot be built.
 
     memory and gate_value are the two switches of the paper's ablation:
-        'move'  one bank of n_slots slots, shared by all layers      with gate_value: MoVE
-        'lave'  n_slots tables, each read by one layer               without it: LaVE (modded-nanogpt)
+        'move'  one bank of n_slots slots, shared by all layers (MoVE; gate_value is True by default)
+        'lave'  n_slots tables, each read by one layer (LaVE, as in modded-nanogpt; by default False)
         'none'  the plain transformer, the same as n_slots = 0
-    gate_value is by default what the method has: True for 'move', False for 'lave'.
+    gate_value: whether g_0 is a gate on the ordinary value, or 1.
     """
     vocab_size: int = 65536
     seq_len: int = 2048
@@ -627,9 +627,10 @@ def memory_parameter_groups(model, lr_scale=1.0):
 
     Each group holds params, lr, betas, eps and weight_decay; the model's other parameters are not in them.
     The memory is worth little at a host's usual rates: a bank needs a high rate and no weight decay. The
-    steps of M slots add up in V_S, so their rate falls with M: 0.15 · M^-½. All rates are times (d / 768)^-½.
-    Where matrices are trained by Muon, give it the routers too, at 0.05 · min(1, rows / columns)^½: under
-    AdamW the gates of a head move alike, and more slots help less.
+    steps of M slots add up in V_S, so their rate falls with M: 0.15 · M^-½. Both rates are times
+    (d / 768)^-½. Where matrices are trained by Muon, give it the routers, too: under AdamW the gates of a
+    head move alike, and more slots help less. Its rate for them, for any d, is 0.05 · min(1, rows /
+    columns)^½ of the router's matrix; for rows > columns Muon itself has the factor (rows / columns)^½.
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]
     banks = dict.fromkeys(m.weight for m in model.modules() if isinstance(m, ValueBank))  # (V, M, d) each

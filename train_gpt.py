@@ -53,7 +53,7 @@ from run_folder import (
 )
 from script import UserError, memory_advice, require_utf8, run
 
-# Defaults follow the device: a D12 on a GPU; on other devices what two cores train in three minutes.
+# Defaults follow the device: a D12 on a GPU; on other devices what two cores train in some minutes.
 # micro_batch is the largest that is tried.
 DEFAULTS = {
     "cuda": dict(dataset="python", depth=12, seq_len=2048, batch_tokens=131072, micro_batch=16, max_steps=500,

@@ -60,8 +60,11 @@ def apply(changes, text):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("give the folder of nanoGPT")
+        sys.exit("expected one argument, the folder of nanoGPT")
     folder = Path(sys.argv[1])
+    for name in CHANGES:
+        if not (folder / name).is_file():
+            sys.exit(f"{folder} has no {name}; give the folder of nanoGPT")
     changed = {name: apply(changes, (folder / name).read_text()) for name, changes in CHANGES.items()}
     for name, text in changed.items():
         (folder / name).write_text(text)

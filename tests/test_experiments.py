@@ -309,6 +309,8 @@ def test_mean_spread_and_comparison():
     mean, half = lab.differences(paired[1], paired[0])
     assert mean == pytest.approx(0.1) and half == pytest.approx(4.30 * 0.01 / 3 ** 0.5, rel=1e-6)
     assert lab.differ(*paired) == pytest.approx(-0.1)
+    same = lab.compare("a", a, "b", [dict(bits=r["bits"] + 1e-5) for r in a])
+    assert "better" not in same and "worse" not in same and "0.0000 b" not in same
     assert "better" in lab.compare("a", a, "b", b) and "worse" in lab.compare("b", b, "a", a)
 
 

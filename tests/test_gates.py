@@ -315,7 +315,8 @@ def test_a_text_is_given_itself_or_as_a_file(tmp_path):
     assert gates.text_of("no such file") == "no such file" and gates.text_of("x" * 9999) == "x" * 9999
     for text in ("he/she", "3.14", "e.g", "The end.", "https://a.b/c", "in a.txt\nthere"):
         assert gates.text_of(text) == text
-    for name in ("plya.txt", "my play.txt", "out/", tmp_path / "other", tmp_path / "my play.txt"):
+    for name in ("plya.txt", "my play.txt", "out/", tmp_path / "other", tmp_path / "my play.txt",
+                 str(tmp_path / "other"), "../play", "~/play"):
         with pytest.raises(UserError, match="no file"):
             gates.text_of(name)
     for content in (b"", b" \n", b"\xff\xfe"):
