@@ -118,7 +118,7 @@ class Lab:
         gpus = torch.cuda.device_count() if self.device == "cuda" else 1
         print(f"{self.name}: {len(different)} runs, {len(todo)} to do"
               + (f", about {math.ceil(self.estimate(todo) / 60 / gpus)} min" if todo else "")
-              + (" (--quick is for CPUs)" if self.device != "cuda" and not self.args.quick else ""),
+              + (" (--quick is for CPUs)" if todo and self.device != "cuda" and not self.args.quick else ""),
               flush=True)
         failed = []
         for run, error in self.finished(todo, folder, gpus):
@@ -331,7 +331,7 @@ def compare(label, results, other, others):
     difference, error = differences(results, others)
     between = "" if error == float("inf") else f" ± {error:.4f}"
     if not round(difference, 4):
-        return f"{label} and {other} have the same bits per byte, within 0.0001{between}."
+        return f"{label} and {other} have the same bits per byte{between}."
     kind = "worse" if difference > 0 else "better"
     text = f"{label} is {abs(difference):.4f}{between} bits per byte {kind} than {other}"
     if not between:

@@ -339,7 +339,7 @@ class GPTConfig:
 
     memory and gate_value are the two switches of the paper's ablation:
         'move'  one bank of n_slots slots, shared by all layers (MoVE; gate_value is True by default)
-        'lave'  n_slots tables, each read by one layer (LaVE, as in modded-nanogpt; by default False)
+        'lave'  n_slots tables, each read by one layer (LaVE, from modded-nanogpt; False by default)
         'none'  the plain transformer, the same as n_slots = 0
     gate_value: whether g_0 is a gate on the ordinary value, or 1.
     """
@@ -629,7 +629,7 @@ def memory_parameter_groups(model, lr_scale=1.0):
     The memory is worth little at a host's usual rates: a bank needs a high rate and no weight decay. The
     steps of M slots add up in V_S, so their rate falls with M: 0.15 · M^-½. Both rates are times
     (d / 768)^-½. Where matrices are trained by Muon, give it the routers, too: under AdamW the gates of a
-    head move alike, and more slots help less. Its rate for them, for any d, is 0.05 · min(1, rows /
+    head move alike, and more slots help less. Muon's rate for them, at any d, is 0.05 · min(1, rows /
     columns)^½ of the router's matrix; for rows > columns Muon itself has the factor (rows / columns)^½.
     """
     mixers = [m for m in model.modules() if isinstance(m, ValueMixer)]

@@ -101,7 +101,7 @@ def reported(toy, monkeypatch):
     def report(experiment, result_of, *flags):
         content = []
         with monkeypatch.context() as patch:
-            patch.setattr(lab.Lab, "train", lambda self, methods: setattr(self, "machines", ["one"]) or {
+            patch.setattr(lab.Lab, "train", lambda self, methods: {
                 label: [about(**result_of(run)) for run in runs] for label, runs in methods.items()})
             patch.setattr(lab.Lab, "write", lambda self, table, sentences, panels=(): content.extend(
                 (table, sentences, panels)))
@@ -117,10 +117,8 @@ def reported(toy, monkeypatch):
 
 def test_a_report_of_switches_and_of_keys_has_each_result_in_its_place(reported):
     def result_of(run):
-        flags = vars(train_gpt.make_parser().parse_args([*run.arguments()]))
-        gate = flags.get("gate_value")
-        gate = flags["memory"] == "move" if gate is None else gate
-        return dict(bits=1 + 2 * (flags["memory"] == "move") + gate)
+        move = run.flags["memory"] == "move"
+        return dict(bits=1 + 2 * move + run.flags.get("gate_value", move))
 
     table, _, (panel,) = reported(experiments.ablation, result_of)
     assert {(row["memory"], row["g_0"]): float(row["bits per byte"].split()[0]) for row in table} == {
@@ -130,7 +128,7 @@ def test_a_report_of_switches_and_of_keys_has_each_result_in_its_place(reported)
         "tables of layers": ([0, 1], [1, 2]), "one bank": ([0, 1], [3, 4])}
 
     def keys_of(run):
-        """How many ids find a row, which a changed bank says."""
+        """1 bit where the last id alone finds the row, 2 where the last two do."""
         model = small_model(n_slots=round(run.flags["move_scale"]) or 1)
         if run.change:
             run.change(model)
@@ -146,7 +144,7 @@ def test_a_report_of_switches_and_of_keys_has_each_result_in_its_place(reported)
 def test_a_report_of_starts_has_each_in_its_place(reported):
     """The gates of a new model say which start it has."""
     def result_of(run):
-        model = small_model(dim=16)
+        model = small_model()
         run.change(model)
         mixer = model.blocks[0].attention.mixer
         g = mixer.gates(torch.zeros(1, 1, 16))[0, 0, 0]
@@ -400,7 +398,7 @@ def test_what_gates_carry(data_dir):
     idx, targets = windows[np.arange(min(32, len(windows)))]
     size = experiments.token_bytes(data.tokenizer())
     one = awake(small_model(n_slots=3, n_layers=1))
-    with torch.no_grad():  # all at once, and the gates of a router whose output is the logit of their mean
+    with torch.no_grad():  # all sequences at once, and then each gate at its mean
         plain, mixer, gates = one(idx, targets), one.blocks[0].attention.mixer, []
         usual = mixer.gates
         mixer.gates = lambda x: gates.append(usual(x)) or gates[-1]
