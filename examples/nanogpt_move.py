@@ -53,19 +53,18 @@ CHANGES = {"model.py": [
 def apply(changes, text):
     for old, new in changes:
         if text.count(old) != 1:
-            raise SystemExit(f"this is another nanoGPT: {text.count(old)} times {old!r}, and not once")
+            raise ValueError(f"this is another nanoGPT: {text.count(old)} times {old!r}, and not once")
         text = text.replace(old, new)
     return text
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("expected one argument, the folder of nanoGPT")
-    folder = Path(sys.argv[1])
-    for name in CHANGES:
-        if not (folder / name).is_file():
-            sys.exit(f"{folder} has no {name}; give the folder of nanoGPT")
-    changed = {name: apply(changes, (folder / name).read_text()) for name, changes in CHANGES.items()}
-    for name, text in changed.items():
-        (folder / name).write_text(text)
-    shutil.copy(Path(__file__).resolve().parent.parent / "move.py", folder)
+    try:
+        folder = Path(*sys.argv[1:2])
+        changed = {name: apply(changes, (folder / name).read_text()) for name, changes in CHANGES.items()}
+        for name, text in changed.items():
+            (folder / name).write_text(text)
+        shutil.copy(Path(__file__).resolve().parent.parent / "move.py", folder)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}; give the folder of nanoGPT at that commit", file=sys.stderr)
+        sys.exit(2)

@@ -309,6 +309,14 @@ def photos(tmp_path):
     return folder
 
 
+def test_many_files_that_are_no_images_are_counted(photos, capsys):
+    for i in range(31):
+        (photos / "noon" / f"{i}.txt").write_text("no image")
+    *_, unreadable = image_data.read_images(photos, 16)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert unreadable == 31 and len(lines) == 21 and "11" in lines[-1]
+
+
 def test_images_of_ones_own(photos, tmp_path, capsys):
     (photos / "noon" / "broken.jpg").write_bytes((photos / "noon" / "1.jpg").read_bytes()[:400])
     (photos / "noon" / "notes.txt").write_text("no image")

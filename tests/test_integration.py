@@ -3,6 +3,7 @@ import copy
 import importlib.util
 import os
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -207,8 +208,20 @@ def test_the_lines_in_nanogpt_keep_the_rates_of_the_memory(nanogpt):
 
 def test_another_nanogpt_is_refused():
     code = example("nanogpt_move.py")
-    with pytest.raises(SystemExit, match="another nanoGPT"):
+    with pytest.raises(ValueError, match="another nanoGPT"):
         code["apply"](code["CHANGES"]["model.py"], MODEL.replace("block(x)", "block(x, mask)"))
+
+
+@pytest.mark.parametrize("files", [[], ["model.py"], ["model.py", "train.py"]])
+def test_a_folder_without_nanogpt_is_refused(files, tmp_path):
+    """In one line, and nothing changes in it."""
+    before = dict.fromkeys(files, "import torch\n")
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    result = subprocess.run([sys.executable, str(HERE / "examples" / "nanogpt_move.py"), str(tmp_path)],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 # ----------------------------------------------------------------------------------- transformers' Llama
