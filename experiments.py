@@ -14,7 +14,7 @@
     keys              rows found by a hash of the last two ids instead of the last one
     late              a memory for a model that is trained already
     rates             do the rates of the bank and of the routers suit each number of slots?
-    recipe            optimizers and start of the memory, one change at a time
+    recipe            optimizers and start of the memory, one change at a time; the rates of all else
 
 Each trains with train_gpt.py's loop, skips the runs that are done, prints a table and a sentence, and writes
 out/experiments/<name>-<dataset>.json and, but for recipe, a chart beside it; with --depth N the name ends in
@@ -508,17 +508,18 @@ class RowAdamW(torch.optim.Optimizer):
                 p.copy_(p.float() - group["lr"] / (1 - beta1 ** t) * m.float() / root)
 
 
-def varied_optimizers(model, lr_scale, bank=1.0, routers=1.0, embedding=1.0, head=1.0, betas=None,
-                      weight_decay=0.0, routers_by="muon", rows=None):
-    """make_optimizers with factors on the rates of banks, routers, embedding and head, and other choices:
-    betas and weight_decay of the banks; rows: RowAdam or RowAdamW for them; routers_by: 'muon', or 'adamw' at
-    0.004 · (d / 768)^-½."""
+def varied_optimizers(model, lr_scale, bank=1.0, routers=1.0, embedding=1.0, head=1.0, matrices=1.0,
+                      betas=None, weight_decay=0.0, routers_by="muon", rows=None):
+    """make_optimizers with factors on the rates of banks, routers, embedding, head and the other matrices,
+    and other choices: betas and weight_decay of the banks; rows: RowAdam or RowAdamW for them; routers_by:
+    'muon', or 'adamw' at 0.004 · (d / 768)^-½."""
     muon, adamw = make_optimizers(model, lr_scale)
     banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
     held = [p for m in model.modules() if isinstance(m, ValueMixer) for p in m.router.parameters()]
     extra = []
     factors = {**dict.fromkeys(banks, bank), **dict.fromkeys(held, routers),
-               model.embedding.weight: embedding, model.head.weight: head}
+               model.embedding.weight: embedding, model.head.weight: head,
+               muon.param_groups[0]["params"][0]: matrices}
     for group in [*muon.param_groups, *adamw.param_groups]:
         p = group["params"][0]
         factor = factors.get(p, 1)
@@ -642,8 +643,8 @@ def rates(lab):
 
 
 def recipe(lab):
-    """One change at a time of how the memory learns, for few slots and many; and of the rates of a model
-    without memory, so that it is compared at its own best. For the rates of bank and routers see `rates`."""
+    """One change at a time of how the memory learns, for few slots and many; and of the rates of all else,
+    so that each model is compared at its own best. For the rates of bank and routers see `rates`."""
     few, many = lab.slots, 4 * lab.slots
     changes = {"routers by AdamW": dict(routers_by="adamw"), "β2 = 0.995": dict(betas=(0.8, 0.995)),
                "β1 = 0": dict(betas=(0.0, 0.95)), "weight decay 0.01": dict(weight_decay=0.01),
@@ -666,8 +667,11 @@ def recipe(lab):
     add("lave", few, "")
     add("lave", few, "routers by AdamW", changes["routers by AdamW"])
     add("none", 0, "")
-    for part, factor in itertools.product(("embedding", "head"), (1 / 2, 2)):
-        add("none", 0, f"rate of the {part} × {factor:g}", {part: factor})
+    kinds = (("none", 0), ("move", few), ("lave", few))
+    rates = {f"rate of the {part} × {factor:g}": {part: factor}
+             for part, factor in itertools.product(("embedding", "head", "matrices"), (1 / 2, 2))}
+    for kind, (label, options) in itertools.product(kinds, rates.items()):
+        add(*kind, label, options)
     done, rows = lab.train(methods), []
     for (memory, n_slots, label), rs in done.items():
         looks = [r["look"] for r in rs if r["look"]]
@@ -675,9 +679,14 @@ def recipe(lab):
                      *(average(looks, key, ".4f") for key in ("mean", "mean_of_id", "slot_cosine"))])
     table = lab.table(["memory", "M", "change", "bits per byte", "carried by gates", "by gates within an id",
                        "cosine of two slots"], rows)
-    lab.write(table, [compare(f"{memory}, M = {n_slots}, {label}", rs, "as it is",
-                              done[memory, n_slots, "as it is"])
-                      for (memory, n_slots, label), rs in done.items() if label != "as it is"])
+    sentences = [compare(f"{memory}, M = {n_slots}, {label}", rs, "as it is",
+                         done[memory, n_slots, "as it is"])
+                 for (memory, n_slots, label), rs in done.items() if label != "as it is"]
+    best = {memory: min((done[memory, n_slots, label] for label in ("as it is", *rates)), key=mean)
+            for memory, n_slots in kinds}
+    sentences += [compare(f"each at its best rates: {memory}", best[memory], other, best[other])
+                  for memory, other in (("move", "none"), ("lave", "none"), ("move", "lave"))]
+    lab.write(table, sentences)
 
 
 EXPERIMENTS = [parity, scaling, gates, gradient_highway, ablation, gate_init, mla, keys, late, rates,

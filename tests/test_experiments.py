@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import experiments
 import lab
 import run_folder
 import train_gpt
-from move import GPT, GPTConfig, ValueBank, ValueMixer
+from move import GPT, GPTConfig, Linear, ValueBank, ValueMixer
 from optimizers import make_optimizers
 from prepare_data import load_dataset
 from script import UserError
@@ -58,7 +59,7 @@ def awake(model):
 @pytest.mark.parametrize("experiment, runs", [
     (experiments.parity, 3), (experiments.scaling, 18), (experiments.ablation, 4), (experiments.gate_init, 3),
     (experiments.gradient_highway, 4), (experiments.mla, 5), (experiments.keys, 5), (experiments.late, 6),
-    (experiments.rates, 12), (experiments.recipe, 25)])
+    (experiments.rates, 12), (experiments.recipe, 39)])
 def test_an_experiment_at_toy_size(experiment, runs, toy, tmp_path, capsys, monkeypatch):
     if experiment is experiments.scaling:
         toy = [*toy, "--seeds", "2", "--depth", "2"]  # no memory, and M = 1, 2, 4, 8 of each kind, twice
@@ -169,6 +170,28 @@ def test_a_report_of_gradients_has_each_layer_in_its_place(reported):
     lines = {label: (list(x), list(y)) for label, (x, y) in panels[0]["lines"].items()}
     assert lines == {"LaVE-×1": ([2, 4], [20, 40]), "MoVE-×1": ([1, 2, 3, 4], [10, 20, 30, 40])}
     assert {float(row["at a quarter of the run"]) for row in table} == {7}
+
+
+def test_a_report_of_the_recipe_compares_each_model_at_its_own_best_rates(reported):
+    """The best factor on the rate of the head is 2 without memory, 1 with MoVE, ½ with LaVE."""
+    best, worth = dict(none=2, move=1, lave=0.5), dict(none=5, move=2, lave=1)
+
+    def result_of(run):
+        memory = run.flags["memory"]
+        model = small_model(memory)
+        _, adamw, *_ = run.optimizers_of(model, 1.0)
+        rate, = (group["lr"] for group in adamw.param_groups
+                 if any(p is model.head.weight for p in group["params"]))
+        factor = rate / (0.004 * (16 / 768) ** -0.5)
+        return dict(bits=worth[memory] + abs(math.log2(factor / best[memory])))
+
+    table, sentences, _ = reported(experiments.recipe, result_of)
+    found = {(row["memory"], row["change"]): float(row["bits per byte"].split()[0]) for row in table
+             if "head" in row["change"] or row["change"] == "as it is"}
+    label = {1: "as it is", 0.5: "rate of the head × 0.5", 2: "rate of the head × 2"}
+    assert found == {(memory, label[factor]): worth[memory] + abs(math.log2(factor / best[memory]))
+                     for memory in best for factor in label}
+    assert [float(re.search(r"\d\.\d{4}", sentence)[0]) for sentence in sentences[-3:]] == [3, 4, 1]
 
 
 @pytest.mark.parametrize("bits, few", [
@@ -497,8 +520,9 @@ def test_varied_optimizers(memory):
     usual = [group for optimizer in make_optimizers(model) for group in optimizer.param_groups]
     banks = {m.weight for m in model.modules() if isinstance(m, ValueBank)}
     routers = {m.router.weight for m in model.modules() if isinstance(m, ValueMixer)}
-    kinds = dict(bank=banks, routers=routers, embedding={model.embedding.weight}, head={model.head.weight})
-    for options in (dict(bank=4, routers=3, embedding=0.5, head=2), dict(routers_by="adamw"),
+    kinds = dict(bank=banks, routers=routers, embedding={model.embedding.weight}, head={model.head.weight},
+                 matrices={m.weight for m in model.blocks.modules() if isinstance(m, Linear)} - routers)
+    for options in (dict(bank=4, routers=3, embedding=0.5, head=2, matrices=5), dict(routers_by="adamw"),
                     dict(betas=(0.1, 0.2), weight_decay=0.3),
                     dict(rows=experiments.RowAdam), dict(rows=experiments.RowAdamW)):
         taken = experiments.varied_optimizers(model, 1.0, **options)
