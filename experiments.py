@@ -519,7 +519,7 @@ def varied_optimizers(model, lr_scale, bank=1.0, routers=1.0, embedding=1.0, hea
     extra = []
     factors = {**dict.fromkeys(banks, bank), **dict.fromkeys(held, routers),
                model.embedding.weight: embedding, model.head.weight: head,
-               muon.param_groups[0]["params"][0]: matrices}
+               muon.param_groups[0]["params"][0]: matrices}  # its first group has all but the routers
     for group in [*muon.param_groups, *adamw.param_groups]:
         p = group["params"][0]
         factor = factors.get(p, 1)
@@ -668,9 +668,9 @@ def recipe(lab):
     add("lave", few, "routers by AdamW", changes["routers by AdamW"])
     add("none", 0, "")
     kinds = (("none", 0), ("move", few), ("lave", few))
-    rates = {f"rate of the {part} × {factor:g}": {part: factor}
-             for part, factor in itertools.product(("embedding", "head", "matrices"), (1 / 2, 2))}
-    for kind, (label, options) in itertools.product(kinds, rates.items()):
+    factors = {f"rate of the {part} × {factor:g}": {part: factor}
+               for part, factor in itertools.product(("embedding", "head", "matrices"), (1 / 2, 2))}
+    for kind, (label, options) in itertools.product(kinds, factors.items()):
         add(*kind, label, options)
     done, rows = lab.train(methods), []
     for (memory, n_slots, label), rs in done.items():
@@ -682,7 +682,7 @@ def recipe(lab):
     sentences = [compare(f"{memory}, M = {n_slots}, {label}", rs, "as it is",
                          done[memory, n_slots, "as it is"])
                  for (memory, n_slots, label), rs in done.items() if label != "as it is"]
-    best = {memory: min((done[memory, n_slots, label] for label in ("as it is", *rates)), key=mean)
+    best = {memory: min((done[memory, n_slots, label] for label in ("as it is", *factors)), key=mean)
             for memory, n_slots in kinds}
     sentences += [compare(f"each at its best rates: {memory}", best[memory], other, best[other])
                   for memory, other in (("move", "none"), ("lave", "none"), ("move", "lave"))]
