@@ -605,6 +605,12 @@ def note_of(label):
     return re.sub("[^a-z0-9.]+", "_", label.replace("β", "beta").replace("×", "x").lower())
 
 
+def rate_changes(factors):
+    """{part: factors on its rate} → {label: options of varied_optimizers}."""
+    return {f"rate of the {part} × {factor:g}": {part: factor}
+            for part in factors for factor in factors[part]}
+
+
 FACTORS = dict(bank=(1 / 2, 2, 4), routers=(1 / 8, 1 / 4, 1 / 2, 2, 4))
 
 
@@ -614,8 +620,7 @@ def rates(lab):
     is chosen afterwards: that flatters it a little.)"""
     sizes = sizes_for(lab.depth)[:2 if lab.args.quick else None]
     kinds = list(itertools.product(("lave", "move"), sizes))
-    changes = {f"rate of the {part} × {factor:g}": {part: factor}
-               for part in FACTORS for factor in FACTORS[part]}
+    changes = rate_changes(FACTORS)
     methods = {(*kind, "as it is"): lab.runs(*kind) for kind in kinds}
     for kind, (label, change) in itertools.product(kinds, changes.items()):
         methods[(*kind, label)] = lab.runs(*kind, note_of(label), optimizers_of=functools.partial(
@@ -668,9 +673,8 @@ def recipe(lab):
     add("lave", few, "routers by AdamW", changes["routers by AdamW"])
     add("none", 0, "")
     kinds = (("none", 0), ("move", few), ("lave", few))
-    factors = {f"rate of the {part} × {factor:g}": {part: factor}
-               for part, factor in itertools.product(("embedding", "head", "matrices"), (1 / 2, 2))}
-    for kind, (label, options) in itertools.product(kinds, factors.items()):
+    others = rate_changes(dict.fromkeys(("embedding", "head", "matrices"), (1 / 2, 2)))
+    for kind, (label, options) in itertools.product(kinds, others.items()):
         add(*kind, label, options)
     done, rows = lab.train(methods), []
     for (memory, n_slots, label), rs in done.items():
@@ -682,7 +686,7 @@ def recipe(lab):
     sentences = [compare(f"{memory}, M = {n_slots}, {label}", rs, "as it is",
                          done[memory, n_slots, "as it is"])
                  for (memory, n_slots, label), rs in done.items() if label != "as it is"]
-    best = {memory: min((done[memory, n_slots, label] for label in ("as it is", *factors)), key=mean)
+    best = {memory: min((done[memory, n_slots, label] for label in ("as it is", *others)), key=mean)
             for memory, n_slots in kinds}
     sentences += [compare(f"each at its best rates: {memory}", best[memory], other, best[other])
                   for memory, other in (("move", "none"), ("lave", "none"), ("move", "lave"))]
