@@ -29,7 +29,7 @@ from script import UserError, lock, make_folder, write_file
 from train_gpt import DEFAULTS, TEXT_SETS, load, make_parser, padded, set_up_machine, train_text
 
 FULL = dict(depth=8, seeds=3, steps=600, seq_len=1024, batch_tokens=65536, eval_tokens=1 << 20, evaluations=8)
-QUICK = dict(depth=2, seeds=1, steps=40, seq_len=128, batch_tokens=1024, eval_tokens=1 << 13, evaluations=4)
+QUICK = dict(depth=2, seeds=1, steps=30, seq_len=128, batch_tokens=512, eval_tokens=1 << 12, evaluations=3)
 
 # ------------------------------------------------------------------------------------------------- runs
 
