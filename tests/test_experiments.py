@@ -191,11 +191,16 @@ def test_a_report_of_the_recipe_compares_each_model_at_its_own_best_rates(report
         matrix = next(m.weight for m in model.blocks.modules() if isinstance(m, Linear))
         parts = dict(head=model.head.weight, embedding=model.embedding.weight, matrices=matrix)
         factors = {part: taken[p] / usual[p] for part, p in parts.items()}
-        return dict(bits=bits(memory, **factors) + 10 * (run.flags["move_scale"] > 1))
+        look = run.look and dict(mean=0.1, mean_of_id=0.2, slot_cosine=0.3)
+        return dict(bits=bits(memory, **factors) + 10 * (run.flags["move_scale"] > 1), look=look)
 
     monkeypatch.setattr(experiments, "compare", lambda label, results, other, others: (
         label.split()[-1], lab.mean(results), other, lab.mean(others)))
     table, sentences, _ = reported(experiments.recipe, result_of)
+    assert len({(row["memory"], row["M"], row["change"]) for row in table}) == 39
+    columns = ("carried by gates", "by gates within an id", "cosine of two slots")
+    assert {row["change"]: tuple(row[c] for c in columns) for row in table if row[columns[0]]} == {
+        label: ("0.1000", "0.2000", "0.3000") for label in ("as it is", "routers by AdamW")}
     found = {(row["memory"], row["change"]): float(row["bits per byte"].split()[0]) for row in table
              if "rate of" in row["change"]}
     assert found == {(memory, f"rate of the {part} × {factor:g}"): bits(memory, **{part: factor})
