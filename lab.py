@@ -342,6 +342,7 @@ def compare(label, results, other, others):
 def draw(panels, path):
     """A PNG of panels: dicts of lines {label: (x, y) or (x, y, spread)}, and what axes.set takes."""
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    shorten = EngFormatter(sep="")  # 2k, 5M; of 0.5 it would make 500m
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         panel = dict(panel)
         for label, (x, y, *error) in panel.pop("lines").items():
@@ -350,7 +351,7 @@ def draw(panels, path):
         if axes.get_xscale() == "log":
             axes.xaxis.set_minor_formatter("")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_major_formatter(lambda x, at: f"{x:g}" if x < 1 else shorten(x, at))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=90))

@@ -208,6 +208,20 @@ def test_a_report_of_the_recipe_compares_each_model_at_its_own_best_rates(report
     assert sentences[-3:] == [("move", 2, "none", 5), ("lave", 1, "none", 5), ("move", 2, "lave", 1)]
 
 
+def test_a_logarithmic_axis_shortens_thousands_and_millions_and_no_fractions(tmp_path, monkeypatch):
+    seen = []
+
+    class Seen(lab.Figure):
+        def savefig(self, *args, **options):
+            super().savefig(*args, **options)
+            seen.extend(label.get_text() for label in self.axes[0].get_xticklabels())
+
+    monkeypatch.setattr(lab, "Figure", Seen)
+    lines = {"memory": ([0.5, 1, 2000, 5e6], [1, 2, 3, 4])}
+    lab.draw([dict(lines=lines, xscale="log")], tmp_path / "chart.png")
+    assert {"0.2", "0.5", "1", "20", "2k", "5M"} <= set(seen)
+
+
 @pytest.mark.parametrize("bits, few", [
     ([1.0] * 5, None), ([1.0, 0.9, 0.9, 0.9, 0.9], 2), ([1.0, 0.9, 0.8, 0.7, 0.6], 16),
     ([1.0, 1.1, 0.5, 0.4, 0.3], None)])
